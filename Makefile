@@ -1,0 +1,61 @@
+# One virtual environment, .venv, two sizes of it:
+#   make env    the whole CPU product: runtime and face tracker, without PyTorch
+#   make dev    adds PyTorch, ONNX and the test tools
+# Each leaves .venv/bin/diffusionact working, and does nothing when it is up to date.
+
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
+INSTALL := $(PIP) install --no-warn-conflicts -c constraints.txt
+WANTED := pyproject.toml constraints.txt CMakeLists.txt $(wildcard runtime/kernels/*.cu)
+PYTEST := $(VENV)/bin/python -m pytest
+
+.PHONY: help env dev demo test test-slow lint clean
+help:
+	@sed -n 's/^## //p' Makefile
+
+## make demo       install what the demo needs, then write out/demo.mp4 and out/demo.png
+demo: env
+	$(VENV)/bin/diffusionact demo
+
+## make test       install all tools, then ruff, mypy and the tests (make test-slow: the long ones)
+test: lint
+	$(PYTEST) -m "not slow"
+
+test-slow: dev
+	$(PYTEST) -m slow
+
+lint: dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+## make env        the environment of `make demo`      make dev     that of `make test`
+env: $(VENV)/.env
+dev: $(VENV)/.dev
+
+# Python 3.11 or 3.12: what constraints.txt is for, and the last that mediapipe 0.10.21 has.
+$(VENV)/bin/pip:
+	@for python in $(PYTHON) python3 python3.11 python3.12 /usr/bin/python3; do \
+	  if $$python -c 'import sys, ensurepip; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' \
+	      2>/dev/null; \
+	  then echo "creating $(VENV) with $$($$python --version)"; exec $$python -m venv $(VENV); fi; \
+	done; \
+	echo "no Python 3.11 or 3.12 with venv found; apt-get install python3-venv, or make PYTHON=..." >&2; \
+	exit 2
+
+# Of what mediapipe depends on, its face graph needs protobuf alone.
+$(VENV)/.env: $(WANTED) | $(VENV)/bin/pip
+	@echo "installing diffusionact and the face tracker into $(VENV)"
+	@$(INSTALL) -e . protobuf
+	@$(INSTALL) --no-deps mediapipe || \
+	  echo "no face tracker for this platform: drivers are landmark tracks (.npz) only" >&2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.env
+	@echo "installing PyTorch, ONNX and the test tools into $(VENV)"
+	@$(INSTALL) -e '.[dev]'
+	@touch $@
+
+## make clean      remove all that was made, .venv included
+clean:
+	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
