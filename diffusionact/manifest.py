@@ -1,0 +1,235 @@
+"""What a bundle holds and how to run it: manifest.json, its types, its checks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from diffusionact import schedule
+from diffusionact.condition import Drawing
+from diffusionact.decode import DecodeError, decode
+from diffusionact.errors import BundleError, SettingsError
+from diffusionact.schedule import Prediction
+
+FORMAT = 1
+FILE_NAME = "manifest.json"
+REQUIRED = ("encoder", "time", "modulation", "unet_step")
+OWN_INVERSION = ("time_invert", "modulation_invert", "unet_step_invert")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a component. A size that is a word is fixed when it is opened."""
+
+    name: str
+    dtype: str  # as NumPy names it
+    shape: tuple[int | str, ...]
+    range: tuple[float, float] | None = None  # None: any value
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """One network of the bundle, in a file of its own."""
+
+    file: str
+    sha256: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise schedule that the network was trained on."""
+
+    total: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    kind: str = "linear"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One direction of the sampler: its step count, the counts that work well, and the timesteps
+    of those counts that do not take the constant stride, ascending."""
+
+    steps: int
+    choices: tuple[int, ...] = ()
+    timesteps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """How a face is cut out of its picture."""
+
+    rotate: bool  # False: the picture stays upright and keeps the head's roll
+    scale: float = 1.0  # side of the crop over the side of an FFHQ crop
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the network has seen."""
+
+    data: str
+    licence: str
+    domain: str  # such as "rendered faces"
+    pose_range_deg: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    provenance: Mapping[str, str | int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that the runtime must know of a bundle; it has no constant of its own for these."""
+
+    name: str
+    image_size: int  # S, px
+    z_size: int  # Z
+    modulation_size: int  # K, channels of all modulated blocks
+    time_row_size: int  # Kt
+    prediction: Prediction
+    schedule: Schedule
+    render: Sampling
+    invert: Sampling
+    crop: Crop
+    drawing: Drawing
+    landmark_layout: str
+    training: Training
+    licence: str
+    weights_sha256: str
+    components: Mapping[str, ComponentSpec]
+    student_of: str | None = None
+    format: int = FORMAT
+
+
+def component_tensors(
+    manifest: Manifest,
+) -> dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]:
+    """Return name -> (inputs, outputs) that a bundle of these sizes has, without inversion's own.
+
+    "N" is the number of timesteps that are computed together.
+    """
+    side, k = manifest.image_size, manifest.modulation_size
+    picture: tuple[int | str, ...] = (1, 3, side, side)
+
+    def spec(name: str, *shape: int | str, limits: tuple[float, float] | None = None) -> TensorSpec:
+        return TensorSpec(name, "float32", shape, limits)
+
+    image = spec("image", *picture, limits=(-1.0, 1.0))
+    condition = spec("condition", *picture, limits=(-1.0, 1.0))
+    t = spec("t", "N", limits=(0.0, float(manifest.schedule.total - 1)))
+    z, rows = spec("z", 1, manifest.z_size), spec("time_rows", "N", manifest.time_row_size)
+    step = (spec("x_t", *picture), spec("scale", 1, k), spec("shift", 1, k))
+    return {
+        "encoder": ((image, condition), (z,)),
+        "time": ((t,), (rows,)),
+        "modulation": ((z, rows), (spec("scale", "N", k), spec("shift", "N", k))),
+        "unet_step": (step, (spec("prediction", *picture),)),
+    }
+
+
+def read(bundle_dir: Path, verify: bool = True) -> Manifest:
+    """Return the manifest of a bundle, checked; with `verify` also the hash of every file.
+
+    Raises: BundleError when the folder, a file or a field is missing, damaged or of another format.
+    """
+    path = Path(bundle_dir) / FILE_NAME
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BundleError(
+            f"{path}: not readable ({error.strerror}); wanted the folder of a bundle. {_MEND}"
+        ) from error
+    except ValueError as error:
+        raise BundleError(f"{path}: not JSON ({error}). {_MEND}") from error
+    seen = values.get("format") if isinstance(values, dict) else None
+    if seen != FORMAT:
+        raise BundleError(f"{path}: format {seen!r}, this version reads {FORMAT}. {_MEND}")
+    try:
+        manifest = decode(Manifest, values)
+    except DecodeError as error:
+        raise BundleError(f"{path}: {error}. {_MEND}") from error
+    try:
+        check(manifest)
+    except BundleError as error:
+        raise BundleError(f"{path}: {error}") from error
+    if verify:
+        _check_files(Path(bundle_dir), manifest)
+    return manifest
+
+
+def write(bundle_dir: Path, manifest: Manifest) -> None:
+    """Return nothing; manifest.json is in the folder, whole or not at all.
+
+    Raises: BundleError when the manifest contradicts itself.
+    """
+    check(manifest)
+    path = Path(bundle_dir) / FILE_NAME
+    part = path.with_name(f".part-{path.name}")
+    part.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def check(manifest: Manifest) -> None:
+    """Return nothing when the manifest agrees with itself.
+
+    Raises: BundleError naming the first field that does not.
+    """
+    names = set(manifest.components)
+    own = names & set(OWN_INVERSION)
+    wanted = {*REQUIRED, *(OWN_INVERSION if own else ())}
+    if names != wanted:
+        raise BundleError(f"components {sorted(names)}, wanted {sorted(wanted)}. {_MEND}")
+    if manifest.schedule.kind != "linear":
+        raise BundleError(f"schedule.kind {manifest.schedule.kind!r}, wanted 'linear'. {_MEND}")
+    for name, part in manifest.components.items():
+        if Path(part.file).name != part.file:
+            raise BundleError(f"components.{name}.file {part.file!r} leaves the bundle. {_MEND}")
+        inputs, outputs = component_tensors(manifest)[name.removesuffix("_invert")]
+        if part.inputs != inputs or part.outputs != outputs:
+            seen, due = (part.inputs, part.outputs), (inputs, outputs)
+            raise BundleError(f"components.{name} has tensors {seen}, wanted {due}. {_MEND}")
+    for field_name, sampling in (("render", manifest.render), ("invert", manifest.invert)):
+        _check_sampling(field_name, sampling, manifest.schedule.total)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the file's SHA-256 as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_sampling(name: str, sampling: Sampling, total: int) -> None:
+    for word, listed in sampling.timesteps.items():
+        if word != str(len(listed)):
+            raise BundleError(f"{name}.timesteps.{word} lists {len(listed)} timesteps. {_MEND}")
+    counts = [n for n in (sampling.steps, *sampling.choices) if str(n) not in sampling.timesteps]
+    try:
+        for count in counts:
+            schedule.timesteps(count, total)
+        for timesteps in sampling.timesteps.values():
+            schedule.timesteps(timesteps, total)
+    except SettingsError as error:
+        raise BundleError(f"{name}: {error} {_MEND}") from error
+
+
+def _check_files(bundle_dir: Path, manifest: Manifest) -> None:
+    for part in manifest.components.values():
+        path = bundle_dir / part.file
+        try:
+            seen = file_sha256(path)
+        except OSError as error:
+            raise BundleError(f"{path}: not readable ({error.strerror}). {_MEND}") from error
+        if seen != part.sha256:
+            raise BundleError(
+                f"{path}: sha256 {seen}, the manifest says {part.sha256}: damaged or exchanged. "
+                f"{_MEND}"
+            )
+
+
+_MEND = "Make the bundle again: diffusionact export WEIGHTS -o BUNDLE; or reinstall diffusionact"

@@ -1,0 +1,123 @@
+"""The manifest: a round trip, and every kind of damage named with its file and field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusionact import manifest as m
+from diffusionact.condition import Drawing
+from diffusionact.errors import BundleError
+
+
+def example(bundle_dir: Path, own_inversion: bool = False) -> m.Manifest:
+    """A manifest whose files lie in the folder, a few bytes each."""
+    bare = m.Manifest(
+        name="tiny", image_size=32, z_size=16, modulation_size=88, time_row_size=176,
+        prediction="v", schedule=m.Schedule(),
+        render=m.Sampling(4, (4, 10), {"4": (0, 250, 500, 999)}), invert=m.Sampling(20),
+        crop=m.Crop(rotate=False), drawing=Drawing(1, 1.5, True), landmark_layout="ibug68+gaze2",
+        training=m.Training("rendered", "CC0-1.0", "rendered faces", {"yaw": (-40, 40.0)}),
+        licence="MIT", weights_sha256="0" * 64, components={},
+    )  # fmt: skip
+    components = {}
+    for name in m.REQUIRED + (m.OWN_INVERSION if own_inversion else ()):
+        path = bundle_dir / f"{name}.onnx"
+        path.write_bytes(name.encode())
+        inputs, outputs = m.component_tensors(bare)[name.removesuffix("_invert")]
+        components[name] = m.ComponentSpec(path.name, m.file_sha256(path), inputs, outputs)
+    return replace(bare, components=components)
+
+
+@pytest.mark.parametrize("own_inversion", [False, True])
+def test_round_trip(tmp_path: Path, own_inversion: bool) -> None:
+    written = example(tmp_path, own_inversion)
+    m.write(tmp_path, written)
+    assert m.read(tmp_path) == written
+    assert not list(tmp_path.glob(".part-*"))
+
+
+def test_tensors_are_those_of_the_sizes(tmp_path: Path) -> None:
+    tensors = m.component_tensors(example(tmp_path))
+    assert [spec.shape for spec in tensors["encoder"][0]] == [(1, 3, 32, 32)] * 2
+    assert [spec.shape for spec in tensors["modulation"][0]] == [(1, 16), ("N", 176)]
+    assert [spec.shape for spec in tensors["unet_step"][0]] == [(1, 3, 32, 32), (1, 88), (1, 88)]
+
+
+def damage_on_disk(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    m.write(tmp_path, example(tmp_path))
+    path = tmp_path / m.FILE_NAME
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(format=2), "format 2, this version reads 1"),
+        (lambda v: v.pop("z_size"), "z_size is missing"),
+        (lambda v: v.update(colour="red"), "colour is not a field"),
+        (lambda v: v["crop"].update(rotate=1), "crop.rotate is int, wanted bool"),
+        (lambda v: v.update(prediction="noise"), "prediction is 'noise', wanted one of"),
+        (lambda v: v.update(image_size="32"), "image_size is str, wanted int"),
+        (lambda v: v.update(z_size=17), "components.encoder has tensors"),
+        (lambda v: v["components"].pop("time"), "wanted .*'time'"),
+        (lambda v: v["components"]["time"].update(file="../time.onnx"), "leaves the bundle"),
+        (lambda v: v["render"].update(steps=37), "render: steps=37"),
+        (lambda v: v["render"].update(timesteps={"3": [0, 1]}), "timesteps.3 lists 2"),
+        (lambda v: v["render"].update(timesteps={"2": [9, 1]}), "ascending"),
+        (lambda v: v["schedule"].update(kind="cosine"), "schedule.kind 'cosine'"),
+        (lambda v: v["schedule"].update(total=1e3), "schedule.total is float, wanted int"),
+    ],
+)
+def test_damage_is_named(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    damage_on_disk(tmp_path, change)
+    with pytest.raises(BundleError, match=message) as caught:
+        m.read(tmp_path)
+    assert str(tmp_path / m.FILE_NAME) in str(caught.value)
+    assert "diffusionact export WEIGHTS -o BUNDLE" in str(caught.value)
+
+
+def test_missing_and_unreadable_manifest(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="not readable"):
+        m.read(tmp_path / "absent")
+    (tmp_path / m.FILE_NAME).write_text("{")
+    with pytest.raises(BundleError, match="not JSON"):
+        m.read(tmp_path)
+    (tmp_path / m.FILE_NAME).write_text("[]")
+    with pytest.raises(BundleError, match="format None"):
+        m.read(tmp_path)
+
+
+def test_a_changed_file_is_found(tmp_path: Path) -> None:
+    written = example(tmp_path)
+    m.write(tmp_path, written)
+    (tmp_path / "unet_step.onnx").write_bytes(b"other")
+    with pytest.raises(BundleError) as caught:
+        m.read(tmp_path)
+    message = str(caught.value)
+    assert written.components["unet_step"].sha256 in message
+    assert m.file_sha256(tmp_path / "unet_step.onnx") in message
+    assert m.read(tmp_path, verify=False) == written
+
+
+def test_a_missing_file_is_found(tmp_path: Path) -> None:
+    m.write(tmp_path, example(tmp_path))
+    (tmp_path / "time.onnx").unlink()
+    with pytest.raises(BundleError, match=r"time\.onnx: not readable"):
+        m.read(tmp_path)
+
+
+def test_a_contradiction_is_not_written(tmp_path: Path) -> None:
+    wrong = replace(example(tmp_path), modulation_size=1)
+    with pytest.raises(BundleError, match="components.modulation has tensors"):
+        m.write(tmp_path, wrong)
+    assert not (tmp_path / m.FILE_NAME).exists()

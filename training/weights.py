@@ -1,0 +1,123 @@
+"""The weights file: safetensors, with the network's sizes and the weights' origin inside."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffusionact.errors import SettingsError
+from diffusionact.training.models import NetworkConfig, ReenactmentEncoder, SemanticEncoder, UNet
+
+FORMAT = "1"
+
+# part -> the network it holds. `invert` is there only when inversion has weights of its own.
+PARTS: Mapping[str, Callable[[NetworkConfig], nn.Module]] = {
+    "render": UNet,
+    "invert": UNet,
+    "encoder": SemanticEncoder,
+    "reenactment": ReenactmentEncoder,
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The content of a weights file; tensors as stored, names without the part."""
+
+    config: NetworkConfig
+    parts: Mapping[str, Mapping[str, Tensor]]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def network(self, part: str) -> nn.Module:
+        """The network of a part in float32, in evaluation mode.
+
+        Raises:
+            SettingsError: the file has no such part, or its tensors are not those of the config.
+        """
+        if part not in self.parts:
+            raise SettingsError(f"the weights have no part {part!r}, only {sorted(self.parts)}")
+        with torch.device("meta"):
+            network = PARTS[part](self.config)
+        tensors = {name: tensor.float() for name, tensor in self.parts[part].items()}
+        try:
+            network.load_state_dict(tensors, assign=True)  # no initialisation to throw away
+        except RuntimeError as error:
+            raise SettingsError(
+                f"part {part!r} of the weights does not fit its network configuration: {error}"
+            ) from error
+        return network.requires_grad_(False).eval()
+
+
+def save(
+    path: Path | str,
+    config: NetworkConfig,
+    parts: Mapping[str, nn.Module],
+    *,
+    provenance: Mapping[str, Any],
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Nothing; writes the networks of `parts` to `path`, whole or not at all.
+
+    Args:
+        dtype: what the tensors are rounded to; norms and biases too.
+        provenance: JSON values: recipe, data, licence, commit.
+
+    Raises:
+        SettingsError: a part has an unknown name, or a value has no finite form in `dtype`.
+    """
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise SettingsError(f"parts {unknown} are unknown; a weights file has {list(PARTS)}")
+    tensors = {
+        f"{part}.{name}": tensor.detach().to("cpu", dtype).contiguous()
+        for part, network in parts.items()
+        for name, tensor in network.state_dict().items()
+    }
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise SettingsError(f"{name} is not finite as {dtype}; nothing was written to {path}")
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(config.to_dict()),
+        "provenance": json.dumps(dict(provenance)),
+    }
+    target = Path(path)
+    part_path = target.with_name(f".part-{target.name}")
+    save_file(tensors, part_path, metadata)
+    os.replace(part_path, target)
+
+
+def load(path: Path | str) -> Weights:
+    """The content of a weights file.
+
+    Raises:
+        SettingsError: there is no such file, or it is not a weights file of this format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise SettingsError(
+            f"{path}: no such weights file; diffusionact train writes it"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise SettingsError(f"{path}: not a readable safetensors file ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise SettingsError(
+            f"{path}: weights format {metadata.get('format')!r}, this version reads {FORMAT!r}; "
+            "give the file that diffusionact train wrote"
+        )
+    parts: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in tensors.items():
+        part, name = full.split(".", 1)
+        parts.setdefault(part, {})[name] = tensor
+    config = NetworkConfig.from_dict(json.loads(metadata["config"]))
+    return Weights(config, parts, json.loads(metadata.get("provenance", "{}")))
