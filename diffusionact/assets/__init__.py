@@ -1,0 +1,22 @@
+"""What ships with the package: the model, portraits and a driving clip, all rendered by us."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+
+
+def bundle_path() -> Path:
+    """Return the folder of the shipped model, where a bundle is left out."""
+    return _HERE / "face.bundle"
+
+
+def portrait_paths() -> tuple[Path, ...]:
+    """Return the shipped portraits (.png), sorted; a landmark track (.npz) lies beside each."""
+    return tuple(sorted((_HERE / "portraits").glob("*.png")))
+
+
+def driver_path() -> Path:
+    """Return the shipped driving clip; its landmark track (.npz) lies beside it."""
+    return _HERE / "driver.mp4"
