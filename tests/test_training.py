@@ -1,0 +1,319 @@
+"""Recipes, losses, the state of a run, and a run of two stages on a tiny pool."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffusionact.errors import DeviceError, SettingsError
+from diffusionact.training import loop, state
+from diffusionact.training.config import (
+    LoopRecipe,
+    LossRecipe,
+    Recipe,
+    StageRecipe,
+    load_recipe,
+    parse_recipe,
+)
+from diffusionact.training.losses import (
+    GROUP_WEIGHTS,
+    Heads,
+    code_distance,
+    group_weights,
+    head_targets,
+    pixel_weights,
+    weighted_square,
+)
+from diffusionact.training.models import FACE128
+from diffusionact.training.state import State
+
+pytestmark = pytest.mark.torch
+
+RECIPES = Path(__file__).parents[1] / "training" / "recipes"
+TINY = replace(FACE128, image_size=32, channels=32, channel_mult=(1, 2), encoder_mult=(1, 2),
+               attention_at=(4,), embed=32)  # fmt: skip
+FLOAT32_TOLERANCE = 1e-5
+
+TEXT = """
+name = "tiny"
+network = "tiny"
+weights = "{weights}"
+[pool]
+folder = "{folder}"
+identities = 6
+held_out = 2
+size = 32
+[inversions]
+steps = 2
+capacity = 16
+fill = 4
+every = 1
+batch = 4
+[loop]
+log_every_steps = 1
+fused_norm = false
+evaluation_pairs = 4
+[[stages]]
+kind = "autoencoder"
+images = 16
+batch = 4
+cached_from = 0.4
+[[stages]]
+kind = "reenact"
+images = 8
+batch = 4
+"""
+
+
+def write_pool(folder: Path, identities: int = 6, frames: int = 3, side: int = 32) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows = (identities, frames)
+    arrays = {
+        "images": rng.integers(0, 256, (*rows, side, side, 3), dtype=np.uint8),
+        "labels": rng.integers(0, 8, (*rows, side, side), dtype=np.uint8),
+        "points": rng.uniform(0, side, (*rows, 68, 3)).astype(np.float32),
+        "gaze": rng.uniform(0, side, (*rows, 2, 2)).astype(np.float32),
+        "pose": np.zeros((*rows, 3), np.float32),
+        "expression": np.zeros((*rows, 4), np.float32),
+        "gaze_angles": np.zeros((*rows, 2), np.float32),
+        "parameters": rng.standard_normal((*rows, 5)).astype(np.float32),
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    (folder / "meta.json").write_text(json.dumps({"format": 1}))
+
+
+@pytest.fixture
+def recipe_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(state, "PRESETS", {"tiny": TINY})
+    write_pool(tmp_path / "pool")
+    path = tmp_path / "tiny.toml"
+    values = {"folder": tmp_path / "pool", "weights": tmp_path / "face.safetensors"}
+    path.write_text(TEXT.format(**values))
+    return path
+
+
+def trainer(path: Path, folder: Path) -> loop.Trainer:
+    return loop.Trainer(load_recipe(path), folder, torch.device("cpu"))
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("face*.toml")), ids=lambda p: p.name)
+def test_shipped_recipes_load(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.network.lower() in state.PRESETS
+    assert [stage.kind for stage in recipe.stages] == ["autoencoder", "reenact"]
+    assert len(recipe.digest) == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("steps = 2", "stepz = 2"), "unknown setting stepz; known: .*steps"),
+        (("held_out = 2", "held_out = 6"), "held_out = 6, wanted between 1 and"),
+        (('kind = "reenact"', 'kind = "swap"'), "kind = 'swap'"),
+        (("cached_from = 0.4", "cached_from = 4"), "cached_from = 4, wanted 0..1"),
+        (("images = 16", "images = 0"), "images = 0, wanted above 0"),
+        (('folder = "{folder}"', ""), "folder"),
+        (("[pool]", 'pool = "here"\n[other]'), "'here', wanted a table"),
+        (("[pool]", "[pool"), "not TOML"),
+    ],
+)
+def test_a_bad_recipe_says_what_is_wrong(change: tuple[str, str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        parse_recipe(TEXT.replace(*change))
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"cannot read the recipe .*none\.toml"):
+        load_recipe(tmp_path / "none.toml")
+
+
+# Losses
+
+
+def test_pixel_weights_favour_features_and_have_mean_one() -> None:
+    labels = torch.ones(2, 32, 32, dtype=torch.uint8)
+    labels[0, 10:13, 10:13] = 3
+    gaze = torch.tensor([[[20.0, 5.0], [20.0, 5.0]], [[-99.0, -99.0], [-99.0, -99.0]]])
+    weight = pixel_weights(labels, gaze, LossRecipe())
+    assert weight.shape == (2, 1, 32, 32)
+    torch.testing.assert_close(weight.mean(dim=(1, 2, 3)), torch.ones(2))
+    skin = weight[0, 0, 31, 31]
+    # The gaze's bump is 3.6 sigma away and adds a little.
+    assert float(weight[0, 0, 11, 11] / skin) == pytest.approx(LossRecipe().mouth, rel=1e-2)
+    assert float(weight[0, 0, 9, 9] / skin) > 6  # grown by one pixel
+    assert float(weight[0, 0, 5, 20] / skin) > LossRecipe().gaze  # row y = 5, column x = 20
+    torch.testing.assert_close(weight[1], torch.ones(1, 32, 32))
+
+
+def test_weighted_square_counts_by_weight() -> None:
+    error = torch.zeros(1, 3, 2, 2)
+    error[:, :, 0, 0] = 2
+    weight = torch.tensor([[3.0, 1], [0, 0]])[None, None]
+    assert float(weighted_square(error, torch.zeros_like(error), weight)[0]) == 3.0
+
+
+def test_head_targets_hold_gaze_and_openings_relative_to_the_face() -> None:
+    rng = np.random.default_rng(0)
+    points = rng.uniform(0, 128, (4, 68, 3)).astype(np.float32)
+    gaze = rng.uniform(0, 128, (4, 2, 2)).astype(np.float32)
+    parameters = rng.standard_normal((4, 7)).astype(np.float32)
+    targets = head_targets(points, gaze, parameters)
+    moved = head_targets(points + 5, gaze + 5, parameters)
+    starts = np.cumsum((0, *targets.sizes))
+    np.testing.assert_allclose(
+        targets.values[:, starts[3] :], moved.values[:, starts[3] :], atol=1e-4
+    )
+    np.testing.assert_allclose(
+        moved.values[:, starts[1] : starts[3]] - targets.values[:, starts[1] : starts[3]],
+        5, atol=1e-4,
+    )  # fmt: skip
+
+
+def test_groups_count_by_their_weight_not_by_their_length() -> None:
+    sizes = (2, 10, 4, 4, 1)
+    weights = group_weights(sizes)
+    sums = [part.sum() for part in np.split(weights, np.cumsum(sizes)[:-1])]
+    wanted = np.array(GROUP_WEIGHTS) / sum(GROUP_WEIGHTS)
+    np.testing.assert_allclose(sums, wanted, rtol=FLOAT32_TOLERANCE)
+
+
+def test_heads_that_say_the_truth_have_no_loss() -> None:
+    rng = np.random.default_rng(0)
+    targets = head_targets(
+        rng.uniform(0, 128, (64, 68, 3)).astype(np.float32),
+        rng.uniform(0, 128, (64, 2, 2)).astype(np.float32),
+        np.concatenate([rng.standard_normal((64, 2)), np.ones((64, 1))], 1).astype(np.float32),
+    )
+    heads = Heads(8, targets).requires_grad_(False)
+    heads.linear.weight.data.zero_()
+    heads.linear.bias.data.zero_()
+    z = torch.zeros(1, 8)
+    mean = torch.from_numpy(targets.values.mean(0, keepdims=True))
+    assert float(heads.loss(z, mean)) == pytest.approx(0, abs=FLOAT32_TOLERANCE)
+    assert float(heads.loss(z, mean + 1)) > 0
+
+
+def test_code_distance_is_in_standard_deviations() -> None:
+    distance = code_distance(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([0.5, 1.0]))
+    assert float(distance) == pytest.approx((2 + 1) / 2)
+
+
+# The run
+
+
+def test_two_stages_end_with_weights_curves_and_sheets(recipe_path: Path, tmp_path: Path) -> None:
+    folder = loop.train(recipe_path, out=tmp_path / "run", device="cpu")
+    assert (tmp_path / "face.safetensors").stat().st_size > 0
+    lines = [json.loads(line) for line in (folder / "curves.jsonl").read_text().splitlines()]
+    steps = [(line["stage"], line["step"]) for line in lines if "stage" in line]
+    assert steps == [("autoencoder", i) for i in range(1, 5)] + [("reenact", 1), ("reenact", 2)]
+    sheets = [line["psnr"] for line in lines if "psnr" in line]
+    assert len(sheets) == 2 and "z only" in sheets[0]
+    assert "reenactment T=4" in sheets[1] and "reenactment T=4" not in sheets[0]
+    assert len(list(folder.glob("sheet-*.png"))) == 2
+    assert not list(folder.glob(".part-*"))
+
+
+def test_a_stopped_run_resumes_as_if_it_had_not_stopped(recipe_path: Path, tmp_path: Path) -> None:
+    whole = trainer(recipe_path, tmp_path / "whole")
+    whole.recipe = replace(whole.recipe, stages=(plain_stage(),))
+    whole.run()
+    first = trainer(recipe_path, tmp_path / "halves")
+    first.recipe = whole.recipe
+    stop_after(first, 2)
+    assert not first.run()
+    second = trainer(recipe_path, tmp_path / "halves")
+    second.recipe = whole.recipe
+    second.resume()
+    assert second.state.progress.step == 2
+    assert second.run()
+    for name, value in whole.state.live.state_dict().items():
+        torch.testing.assert_close(
+            second.state.live.state_dict()[name], value, atol=1e-6, rtol=1e-5, msg=name
+        )
+
+
+def plain_stage() -> StageRecipe:
+    return StageRecipe("autoencoder", images=16, batch=4, cached_noise=0.0, warmup_steps=1)
+
+
+def stop_after(run: loop.Trainer, steps: int) -> None:
+    step = run._step
+
+    def counting(*arguments: object) -> dict[str, torch.Tensor]:
+        parts = step(*arguments)  # type: ignore[arg-type]
+        run.stop = run.state.progress.step >= steps
+        return parts
+
+    run._step = counting  # type: ignore[method-assign,assignment]
+
+
+def test_the_reenactment_encoder_starts_as_the_averaged_encoder(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    run = trainer(recipe_path, tmp_path / "run")
+    for parameter in run.state.ema["encoder"].parameters():
+        parameter.data.normal_()
+    run.state.start_reenactment()
+    source, drawing = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
+    z = run.state.ema["encoder"](source)
+    torch.testing.assert_close(run.state.live["reenactment"](source, drawing), z)
+    torch.testing.assert_close(run.state.ema["reenactment"](source, drawing), z)
+    torch.testing.assert_close(run.state.live["encoder"](source), z)
+
+
+def test_training_lowers_the_error_on_what_it_sees(recipe_path: Path, tmp_path: Path) -> None:
+    run = trainer(recipe_path, tmp_path / "run")
+    stage = replace(plain_stage(), images=4 * 60, lr=3e-3)
+    run.recipe = replace(run.recipe, stages=(stage,), loop=LoopRecipe(log_every_steps=10, fused_norm=False))
+    run.run()
+    lines = (tmp_path / "run" / "curves.jsonl").read_text().splitlines()
+    curve = [json.loads(line) for line in lines if "denoising" in line]
+    assert curve[-1]["denoising"] < 0.9 * curve[0]["denoising"]
+
+
+def test_the_rate_warms_up_and_falls_to_zero(recipe_path: Path, tmp_path: Path) -> None:
+    run = trainer(recipe_path, tmp_path / "run")
+    stage = replace(plain_stage(), images=1000, warmup_steps=10, minutes=1.0)
+    progress = run.state.progress
+    assert loop.rate(stage, run.state) == pytest.approx(0.1)
+    progress.step, progress.images = 100, 500
+    assert loop.rate(stage, run.state) == pytest.approx(0.5)
+    progress.seconds = 60.0  # the minutes are over before the images are
+    assert loop.fraction(stage, run.state) == 1
+    assert loop.rate(stage, run.state) == pytest.approx(0)
+
+
+def test_the_average_follows_by_its_decay(recipe_path: Path, tmp_path: Path) -> None:
+    run = trainer(recipe_path, tmp_path / "run")
+    live = next(run.state.live["unet"].parameters())
+    averaged = next(run.state.ema["unet"].parameters())
+    before = averaged.clone()
+    live.data.add_(1)
+    run.state.average(0.75, ["unet"])
+    torch.testing.assert_close(averaged.data, before + 0.25)
+
+
+def test_refusals(recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(recipe_path, tmp_path / "run")
+    with pytest.raises(SettingsError, match="run without --resume"):
+        run.resume()
+    torch.save({"format": 99}, tmp_path / "run" / "last.pt")
+    with pytest.raises(SettingsError, match="format 99"):
+        run.resume()
+    recipe: Recipe = replace(run.recipe, network="huge")
+    with pytest.raises(SettingsError, match="network = 'huge'"):
+        State(recipe, loop._statistics(run.pool, 4), torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="--device cpu"):
+        loop.choose_device("cuda")

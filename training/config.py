@@ -1,0 +1,189 @@
+"""The recipe of a training run: frozen dataclasses, read from one TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from diffusionact.errors import SettingsError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Kind = Literal["autoencoder", "reenact"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PoolRecipe:
+    """Which rendered faces: `identities` x `frames` images, the last `held_out` identities for
+    evaluation only."""
+
+    folder: str
+    identities: int = 4000
+    frames: int = 8
+    size: int = 128
+    held_out: int = 64
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class LossRecipe:
+    """Weights of the pixel regions (before the mean is brought to 1) and of the heads on z."""
+
+    background: float = 1.0
+    skin: float = 1.0
+    eyes: float = 8.0
+    mouth: float = 7.0
+    brows: float = 4.0
+    hair: float = 1.0
+    clothes: float = 1.0
+    glasses: float = 2.0
+    gaze: float = 8.0  # a bump around each iris, also where glasses or lids hide the label
+    gaze_sigma_px: float = 3.0
+    heads: float = 0.3
+
+    def regions(self) -> tuple[float, ...]:
+        """The weights in the order of the renderer's labels 0..7."""
+        return (self.background, self.skin, self.eyes, self.mouth, self.brows, self.hair,
+                self.clothes, self.glasses)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class InversionRecipe:
+    """The cache of inverted sources that takes the place of Gaussian noise for some samples."""
+
+    steps: int = 10
+    capacity: int = 4096
+    fill: int = 256
+    every: int = 50  # training steps between two refreshes
+    batch: int = 64
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """One stage. It ends when `images` are seen or `minutes` are over, whichever comes first; the
+    learning rate falls to 0 by the same measure, so a run ends on time on any machine."""
+
+    kind: Kind
+    images: int
+    minutes: float | None = None
+    batch: int = 64
+    lr: float = 1.5e-3
+    warmup_steps: int = 100
+    weight_decay: float = 1e-3
+    clip: float = 1.0
+    ema: float = 0.998
+    timestep_power: float = 0.5  # t = floor(1000 * u**power): below 1, more high noise
+    same_frame: float = 0.15
+    cached_noise: float = 0.4
+    cached_from: float = 0.3  # fraction of the stage after which cached noise is used
+    unet_lr: float = 1.0  # factor on lr
+    heads_lr: float = 1.0
+    code: float = 1.0  # weight of |z_r - z_t|
+    diffusion: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoopRecipe:
+    """What happens beside the steps: how often, and how."""
+
+    log_every_steps: int = 25
+    checkpoint_minutes: float = 4.0
+    sheet_minutes: float = 10.0
+    evaluation_pairs: int = 32
+    compile: bool = False  # torch.compile: pays on a GPU, not on a CPU
+    fused_norm: bool = True  # on a CPU: one C++ operation for norm, modulation and SiLU
+    bf16: bool = True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. `digest` is the SHA-256 of the file it was read from."""
+
+    name: str
+    network: str
+    pool: PoolRecipe
+    stages: tuple[StageRecipe, ...]
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    inversions: InversionRecipe = field(default_factory=InversionRecipe)
+    loop: LoopRecipe = field(default_factory=LoopRecipe)
+    seed: int = 1
+    weights: str = "training/checkpoints/face.safetensors"
+    digest: str = ""
+
+
+def _build(cls: type[T], values: object, where: str) -> T:
+    if not isinstance(values, dict):
+        raise SettingsError(f"{where}: {values!r}, wanted a table of settings")
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise SettingsError(
+            f"{where}: unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+        )
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise SettingsError(f"{where}: {error}") from error
+
+
+def parse_recipe(text: str, where: str = "recipe") -> Recipe:
+    """Returns the recipe written in TOML `text`.
+
+    Raises:
+        SettingsError: not TOML, an unknown or missing setting, or a value out of range.
+    """
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{where}: not TOML: {error}") from error
+    tables = {"pool": PoolRecipe, "loss": LossRecipe, "inversions": InversionRecipe,
+              "loop": LoopRecipe}  # fmt: skip
+    for key, cls in tables.items():
+        if key in values:
+            values[key] = _build(cls, values[key], f"{where} [{key}]")
+    stages = values.pop("stages", [])
+    values["stages"] = tuple(_build(StageRecipe, s, f"{where} [[stages]]") for s in stages)
+    values["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    recipe = _build(Recipe, values, where)
+    _check(recipe, where)
+    return recipe
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Returns the recipe in the file `path`. Raises: SettingsError as `parse_recipe`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"cannot read the recipe {path}: {error.strerror}") from error
+    return parse_recipe(text, str(path))
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    if not recipe.stages:
+        raise SettingsError(f"{where}: no [[stages]]; add at least one with kind and images")
+    if not 0 < recipe.pool.held_out < recipe.pool.identities:
+        raise SettingsError(
+            f"{where} [pool]: held_out = {recipe.pool.held_out}, wanted between 1 and "
+            f"identities - 1 = {recipe.pool.identities - 1}"
+        )
+    for stage in recipe.stages:
+        if stage.kind not in ("autoencoder", "reenact"):
+            raise SettingsError(
+                f"{where} [[stages]]: kind = {stage.kind!r}, wanted 'autoencoder' or 'reenact'"
+            )
+        fractions = {"same_frame": stage.same_frame, "cached_noise": stage.cached_noise,
+                     "cached_from": stage.cached_from}  # fmt: skip
+        for name, value in fractions.items():
+            if not 0 <= value <= 1:
+                raise SettingsError(f"{where} [[stages]]: {name} = {value}, wanted 0..1")
+        for name, number in (("images", stage.images), ("batch", stage.batch), ("lr", stage.lr)):
+            if number <= 0:
+                raise SettingsError(f"{where} [[stages]]: {name} = {number}, wanted above 0")

@@ -1,0 +1,309 @@
+"""The pool of rendered faces on disk, and the batches drawn from it.
+
+A pool is a folder of `.npy` arrays, one row per identity, and `meta.json`. The frames of an
+identity share its looks, camera, light and background, and differ in motion: that makes pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from diffusionact.condition import Drawing, draw_condition
+from diffusionact.errors import SettingsError
+from diffusionact.landmarks import Landmarks
+from diffusionact.training.config import StageRecipe, load_recipe
+from diffusionact.training.inversions import InversionCache
+
+FORMAT = 1
+FIELDS = ("images", "labels", "points", "gaze", "pose", "expression", "gaze_angles", "parameters")
+DRAWING = Drawing(thickness_px=1, disc_radius_px=1.5, antialias=True)
+
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A rendered pool, as memory maps over its files.
+
+    images: uint8 [I,F,S,S,3] RGB; labels: uint8 [I,F,S,S]; points: float32 [I,F,68,3] px;
+    gaze: float32 [I,F,2,2] px; pose: float32 [I,F,3] deg; expression: float32 [I,F,E];
+    gaze_angles: float32 [I,F,2] deg; parameters: float32 [I,F,P], standardised.
+    """
+
+    images: U8
+    labels: U8
+    points: F32
+    gaze: F32
+    pose: F32
+    expression: F32
+    gaze_angles: F32
+    parameters: F32
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Pool:
+        """Returns the pool in `folder`.
+
+        Raises:
+            SettingsError: there is no finished pool of this format there.
+        """
+        folder = Path(folder)
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SettingsError(
+                f"no pool of rendered faces in {folder}; render it with "
+                "`python -m diffusionact.training.data RECIPE`"
+            ) from error
+        if meta["format"] != FORMAT:
+            raise SettingsError(f"{folder}: pool format {meta['format']}, wanted {FORMAT}")
+        return cls(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in FIELDS})
+
+    @property
+    def identities(self) -> int:
+        return int(self.images.shape[0])
+
+    @property
+    def frames(self) -> int:
+        return int(self.images.shape[1])
+
+    @property
+    def size(self) -> int:
+        return int(self.images.shape[2])
+
+    def draw(self, identity: npt.NDArray[np.int64], frame: npt.NDArray[np.int64]) -> U8:
+        """Returns the condition drawings: uint8 [B,S,S,3] RGB of the frames' landmarks."""
+        drawings = [
+            draw_condition(Landmarks(self.points[i, f], self.gaze[i, f]), self.size, DRAWING)
+            for i, f in zip(identity, frame, strict=True)
+        ]
+        return np.stack(drawings)
+
+
+# Rendering
+
+
+def render_pool(
+    folder: str | Path,
+    *,
+    identities: int,
+    frames: int,
+    size: int = 128,
+    seed: int = 1,
+    workers: int | None = None,
+) -> Pool:
+    """Returns the pool in `folder`, rendering what is not there yet.
+
+    Identity `i` has the random stream (seed, i), so a pool does not depend on the number of
+    workers, and a larger one begins with the smaller one. An interrupted call is taken up again.
+    """
+    folder = Path(folder)
+    request = {"format": FORMAT, "identities": identities, "frames": frames, "size": size,
+               "seed": seed}  # fmt: skip
+    if (folder / "meta.json").exists():
+        _check_request(folder / "meta.json", request)
+        return Pool.open(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    done = _prepare(partial, request)
+    todo = [int(i) for i in np.flatnonzero(done == 0)]
+    tasks = [(str(partial), i, frames, size, seed) for i in todo]
+    count = workers or os.cpu_count() or 1
+    with multiprocessing.get_context("spawn").Pool(count) as processes:
+        for i in tqdm(
+            processes.imap_unordered(_render_identity, tasks, chunksize=2),
+            total=identities, initial=identities - len(todo), desc="faces", unit="identity",
+        ):  # fmt: skip
+            done[i] = 1
+    done.flush()
+    (partial / "done.npy").unlink()
+    os.replace(partial / "request.json", partial / "meta.json")
+    os.replace(partial, folder)
+    return Pool.open(folder)
+
+
+def _check_request(path: Path, request: dict[str, int]) -> None:
+    seen = json.loads(path.read_text(encoding="utf-8"))
+    if seen != request:
+        raise SettingsError(f"{path.parent} holds {seen}, wanted {request}; remove it or rename")
+
+
+def _prepare(partial: Path, request: dict[str, int]) -> npt.NDArray[np.uint8]:
+    """Returns the map of finished identities, after making the arrays where they are missing."""
+    if (partial / "request.json").exists():
+        _check_request(partial / "request.json", request)
+        return np.lib.format.open_memmap(partial / "done.npy", mode="r+")
+    partial.mkdir(parents=True, exist_ok=True)
+    for name, example in _frame(0, request["seed"], 1, request["size"])[0].items():
+        shape = (request["identities"], request["frames"], *example.shape)
+        np.lib.format.open_memmap(partial / f"{name}.npy", "w+", example.dtype, shape).flush()
+    done = np.lib.format.open_memmap(
+        partial / "done.npy", "w+", np.dtype(np.uint8), (request["identities"],)
+    )
+    (partial / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    return done
+
+
+def _frame(identity: int, seed: int, frames: int, size: int) -> list[dict[str, npt.NDArray[Any]]]:
+    from diffusionact.training import faces
+
+    rng = np.random.default_rng((seed, identity))
+    person = faces.scene(faces.sample_identity(rng))
+    camera = faces.sample_camera(rng)
+    rows = []
+    for _ in range(frames):
+        picture = faces.render(person, faces.sample_motion(rng), camera, size=size)
+        rows.append({
+            "images": picture.image, "labels": picture.labels,
+            "points": picture.landmarks.points, "gaze": picture.landmarks.gaze,
+            "pose": picture.pose, "expression": picture.expression,
+            "gaze_angles": picture.gaze_angles, "parameters": picture.parameters,
+        })  # fmt: skip
+    return rows
+
+
+def _render_identity(task: tuple[str, int, int, int, int]) -> int:
+    folder, identity, frames, size, seed = task
+    for index, row in enumerate(_frame(identity, seed, frames, size)):
+        for name, value in row.items():
+            array = np.lib.format.open_memmap(Path(folder) / f"{name}.npy", mode="r+")
+            array[identity, index] = value
+    return identity
+
+
+# Batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch; the first len(noise) samples take their noise from the inverted source.
+
+    identity, frame: int64 [B]; target, source: uint8 [B,S,S,3] RGB; labels: uint8 [B,S,S];
+    points: float32 [B,68,3] px; gaze: float32 [B,2,2] px; parameters: float32 [B,P];
+    condition: uint8 [B,S,S,3], drawing of the target's landmarks; noise: float16 [n,3,S,S].
+    """
+
+    identity: npt.NDArray[np.int64]
+    frame: npt.NDArray[np.int64]
+    target: U8
+    labels: U8
+    points: F32
+    gaze: F32
+    parameters: F32
+    source: U8 | None
+    condition: U8 | None
+    noise: npt.NDArray[np.float16]
+
+
+class PairSampler:
+    """Draws batches of (source, target) frames of one identity; batch `step` has its own random
+    stream, so a resumed run sees the batches that an unbroken run would have seen."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        identities: int,
+        stage: StageRecipe,
+        cache: InversionCache,
+        seed: tuple[int, ...],
+    ) -> None:
+        self.pool, self.identities, self.stage = pool, identities, stage
+        self.cache, self.seed = cache, seed
+
+    def __call__(self, step: int) -> Batch:
+        rng = np.random.default_rng((*self.seed, step))
+        count = self.stage.batch
+        cached = round(self.stage.cached_noise * count) if len(self.cache) else 0
+        noise, identity, source = self.cache.pick(rng, cached)
+        rest = count - cached
+        identity = np.concatenate([identity, rng.integers(self.identities, size=rest)])
+        source = np.concatenate([source, rng.integers(self.pool.frames, size=rest)])
+        target = rng.integers(self.pool.frames, size=count)
+        target = np.where(rng.random(count) < self.stage.same_frame, source, target)
+        return self._gather(identity, source, target, noise)
+
+    def _gather(
+        self,
+        identity: npt.NDArray[np.int64],
+        source: npt.NDArray[np.int64],
+        target: npt.NDArray[np.int64],
+        noise: npt.NDArray[np.float16],
+    ) -> Batch:
+        pool, pairs = self.pool, self.stage.kind == "reenact"
+        return Batch(
+            identity=identity,
+            frame=target,
+            target=pool.images[identity, target],
+            labels=pool.labels[identity, target],
+            points=pool.points[identity, target],
+            gaze=pool.gaze[identity, target],
+            parameters=pool.parameters[identity, target],
+            source=pool.images[identity, source] if pairs else None,
+            condition=pool.draw(identity, target) if pairs else None,
+            noise=noise,
+        )
+
+
+class Prefetcher(Generic[T]):
+    """Calls `make(step)` for step, step + 1, ... in one thread, a few results ahead."""
+
+    def __init__(self, make: Callable[[int], T], first: int, depth: int = 3) -> None:
+        self._queue: queue.Queue[T | BaseException] = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(make, first), daemon=True)
+        self._thread.start()
+
+    def _work(self, make: Callable[[int], T], step: int) -> None:
+        while not self._stopped.is_set():
+            try:
+                item: T | BaseException = make(step)
+            except BaseException as error:  # handed to the consumer, who raises it
+                item = error
+            while not self._stopped.is_set():
+                try:
+                    self._queue.put(item, timeout=0.2)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, BaseException):
+                return
+            step += 1
+
+    def __next__(self) -> T:
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Render the pool of faces that a recipe names.")
+    parser.add_argument("recipe")
+    parser.add_argument("--workers", type=int)
+    arguments = parser.parse_args()
+    pool = load_recipe(arguments.recipe).pool
+    render_pool(
+        pool.folder, identities=pool.identities, frames=pool.frames, size=pool.size,
+        seed=pool.seed, workers=arguments.workers,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""The training loop: stages, learning rate, averages, checkpoints, curves and sample sheets."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusionact.errors import DeviceError, DiffusionActError
+from diffusionact.training.config import Recipe, StageRecipe, load_recipe
+from diffusionact.training.data import PairSampler, Pool, Prefetcher
+from diffusionact.training.diffusion import invert, to_batch
+from diffusionact.training.inversions import InversionCache
+from diffusionact.training.losses import HeadTargets, head_targets
+from diffusionact.training.models import fused_norm
+from diffusionact.training.sheets import held_out_pairs, pictures, scores, write_sheet
+from diffusionact.training.stages import TRAINED, autoencoder_loss, reenact_loss, to_sample
+from diffusionact.training.state import State
+
+log = logging.getLogger(__name__)
+
+STATISTICS_FRAMES = 4096  # how many frames set the mean and scale of the heads' targets
+DEVIATION_FRAMES = 512
+INVERSION_STREAM = 1 << 20  # keeps the random streams of batches and of inverted sources apart
+
+
+def train(
+    recipe_path: str | Path, *, resume: bool = False, out: str | Path | None = None,
+    device: str = "auto",
+) -> Path:  # fmt: skip
+    """Returns the folder of the run, after training all stages of the recipe, or up to a stop
+    signal; `resume` goes on from its last checkpoint.
+
+    Raises:
+        SettingsError: the recipe, the pool or the checkpoint does not fit.
+        DeviceError: the device is not there.
+    """
+    recipe = load_recipe(recipe_path)
+    folder = Path(out) if out is not None else Path("runs") / recipe.name
+    trainer = Trainer(recipe, folder, choose_device(device))
+    if resume:
+        trainer.resume()
+    if trainer.run():
+        finish(trainer.state, recipe, Path(recipe.weights))
+    return folder
+
+
+def choose_device(name: str) -> torch.device:
+    """Returns the device for 'auto', 'cpu' or 'cuda'."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("device 'cuda' asked for, but torch sees no GPU; use --device cpu")
+    return torch.device(name)
+
+
+class TrainingDiverged(DiffusionActError):
+    """A loss or gradient is no longer a finite number."""
+
+
+class Trainer:
+    """One run in a folder: last.pt, curves.jsonl, sheets."""
+
+    def __init__(self, recipe: Recipe, folder: Path, device: torch.device) -> None:
+        self.recipe, self.folder, self.device = recipe, folder, device
+        self.pool = Pool.open(recipe.pool.folder)
+        self.identities = self.pool.identities - recipe.pool.held_out
+        self.state = State(recipe, _statistics(self.pool, self.identities), device)
+        self.pairs = held_out_pairs(
+            self.pool, recipe.pool.held_out, recipe.loop.evaluation_pairs
+        )
+        self.stop = False
+        self._optimizer_state: dict[str, Any] | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        if recipe.loop.fused_norm and device.type == "cpu":
+            fused_norm.enable()
+        if recipe.loop.compile:
+            for name in ("unet", "encoder", "reenactment"):
+                self.state.live[name].compile(dynamic=False)
+
+    def resume(self) -> None:
+        """Goes back to the last checkpoint of the folder."""
+        self._optimizer_state = self.state.load(self.folder / "last.pt")
+
+    def run(self) -> bool:
+        """Trains the stages that are left; True when all are done, False when stopped."""
+        with self._signals():
+            while self.state.progress.stage < len(self.recipe.stages):
+                stage = self.recipe.stages[self.state.progress.stage]
+                self._begin(stage)
+                self._run_stage(stage)
+                if self.stop:
+                    self.save()
+                    return False
+                self.sheet(stage)
+                self.state.restart_from_average()
+                self.state.progress.next_stage()
+                self.state.optimizer, self._optimizer_state = None, None
+                self.save()
+        return True
+
+    def _begin(self, stage: StageRecipe) -> None:
+        if stage.kind == "reenact" and self.state.progress.step == 0:
+            self.state.start_reenactment()
+        self.state.optimizer = _optimizer(self.state, stage, self.device)
+        if self._optimizer_state is not None:
+            self.state.optimizer.load_state_dict(self._optimizer_state)
+        self.cache = InversionCache(self.recipe.inversions.capacity, self.pool.size)
+        self.deviation = self._deviation()
+
+    def _run_stage(self, stage: StageRecipe) -> None:
+        seed = (self.recipe.seed, self.state.progress.stage)
+        sampler = PairSampler(self.pool, self.identities, stage, self.cache, seed)
+        batches = Prefetcher(sampler, self.state.progress.step)
+        clock = _Clock(self.state.progress.seconds)
+        curve = _Curve(self.folder / "curves.jsonl", self.recipe.loop.log_every_steps)
+        saved = sheeted = time.monotonic()
+        try:
+            while not self.stop and fraction(stage, self.state) < 1:
+                self._refresh(stage)
+                parts = self._step(stage, next(batches))
+                self.state.progress.seconds = clock.seconds()
+                curve.add(self.state, stage, parts)
+                now = time.monotonic()
+                if now - sheeted > 60 * self.recipe.loop.sheet_minutes:
+                    self.sheet(stage)
+                    sheeted = time.monotonic()
+                if now - saved > 60 * self.recipe.loop.checkpoint_minutes:
+                    self.save()
+                    saved = time.monotonic()
+        finally:
+            batches.close()
+
+    def _step(self, stage: StageRecipe, batch: Any) -> dict[str, Tensor]:
+        state, progress = self.state, self.state.progress
+        optimizer = state.optimizer
+        assert optimizer is not None
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * rate(stage, state)
+        sample = to_sample(batch, self.recipe, stage, self._generator())
+        with self._autocast():
+            if stage.kind == "autoencoder":
+                loss, parts = autoencoder_loss(state, sample, self.recipe)
+            else:
+                loss, parts = reenact_loss(state, sample, self.recipe, stage, self.deviation)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        parts["gradient"] = torch.nn.utils.clip_grad_norm_(trained, stage.clip)
+        self._finite(parts)
+        optimizer.step()
+        progress.step += 1
+        progress.images += len(batch.target)
+        progress.seen += len(batch.target)
+        decay = min(stage.ema, (1 + progress.step) / (10 + progress.step))
+        state.average(decay, TRAINED[stage.kind])
+        return {name: value.detach() for name, value in parts.items()}
+
+    def _finite(self, parts: dict[str, Tensor]) -> None:
+        """Ends the run before a bad step spoils the weights or the checkpoint."""
+        values = {name: float(value.detach()) for name, value in parts.items()}
+        if not all(math.isfinite(value) for value in values.values()):
+            raise TrainingDiverged(
+                f"step {self.state.progress.step}: {values}, wanted finite numbers; "
+                f"{self.folder / 'last.pt'} is from before: go on with --resume, lower lr, or "
+                "set fused_norm = false in [loop]"
+            )
+
+    def _refresh(self, stage: StageRecipe) -> None:
+        """Fills and renews the cache of inverted sources, when the stage has come to use it."""
+        if stage.cached_noise == 0 or fraction(stage, self.state) < stage.cached_from:
+            return
+        recipe = self.recipe.inversions
+        while len(self.cache) < min(recipe.fill, recipe.capacity):
+            self._invert(stage, len(self.cache))
+        if self.state.progress.step % recipe.every == 0:
+            self._invert(stage, self.state.progress.step + recipe.capacity)
+
+    @torch.no_grad()
+    def _invert(self, stage: StageRecipe, index: int) -> None:
+        recipe, pool, ema = self.recipe.inversions, self.pool, self.state.ema
+        stream = (self.recipe.seed, self.state.progress.stage, INVERSION_STREAM + index)
+        rng = np.random.default_rng(stream)
+        identity = rng.integers(self.identities, size=recipe.batch)
+        frame = rng.integers(pool.frames, size=recipe.batch)
+        source = to_batch(pool.images[identity, frame], self.device)
+        with self._autocast():
+            if stage.kind == "autoencoder":
+                z = ema["encoder"](source).float()
+            else:
+                drawing = to_batch(pool.draw(identity, frame), self.device)
+                z = ema["reenactment"](source, drawing).float()
+            x_T = invert(ema["unet"], self.state.config.prediction, source, z, recipe.steps)
+        self.cache.add(x_T.cpu().numpy(), identity, frame)
+
+    @torch.no_grad()
+    def _deviation(self) -> Tensor:
+        """The standard deviation of each value of the averaged encoder's z: float32 [E]."""
+        rng = np.random.default_rng((self.recipe.seed, INVERSION_STREAM))
+        codes = []
+        for _ in range(DEVIATION_FRAMES // 64):
+            identity = rng.integers(self.identities, size=64)
+            frame = rng.integers(self.pool.frames, size=64)
+            picture = to_batch(self.pool.images[identity, frame], self.device)
+            with self._autocast():
+                codes.append(self.state.ema["encoder"](picture).float())
+        return torch.cat(codes).std(dim=0).clamp(min=1e-3)
+
+    def sheet(self, stage: StageRecipe) -> dict[str, float]:
+        """Writes a sample sheet, logs its PSNRs and returns them."""
+        with self._autocast():
+            rows = pictures(self.state, self.pairs, self.device, stage.kind == "reenact")
+        psnrs = scores(rows, self.pairs)
+        name = f"{self.state.progress.stage}-{stage.kind}-{self.state.progress.images:08d}"
+        write_sheet(self.folder / f"sheet-{name}.png", rows, self.pairs, psnrs)
+        record = {"sheet": name, "psnr": psnrs}
+        _append(self.folder / "curves.jsonl", record)
+        log.info("sheet %s: %s", name, ", ".join(f"{k} {v:.1f}" for k, v in psnrs.items()))
+        return psnrs
+
+    def save(self) -> None:
+        self.state.save(self.folder / "last.pt", self.recipe)
+
+    def _generator(self) -> torch.Generator:
+        """The random numbers of this step, the same in an unbroken and a resumed run."""
+        key = (self.recipe.seed, self.state.progress.stage, self.state.progress.step)
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.loop.bf16)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turns SIGTERM and SIGINT into a checkpoint and a clean end."""
+
+        def ask(number: int, frame: object) -> None:
+            self.stop = True
+
+        before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Clock:
+    """Seconds of training, those of earlier calls included."""
+
+    def __init__(self, before: float) -> None:
+        self._start = time.monotonic() - before
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+
+class _Curve:
+    """Means of the losses over `every` steps, as lines of JSON."""
+
+    def __init__(self, path: Path, every: int) -> None:
+        self._path, self._every, self._rows = path, every, list[dict[str, Tensor]]()
+        self._start = time.monotonic()
+
+    def add(self, state: State, stage: StageRecipe, parts: dict[str, Tensor]) -> None:
+        self._rows.append(parts)
+        if len(self._rows) < self._every:
+            return
+        means = {k: float(torch.stack([row[k] for row in self._rows]).mean()) for k in parts}
+        rate_per_s = len(self._rows) * stage.batch / (time.monotonic() - self._start)
+        progress = state.progress
+        record = {
+            "stage": stage.kind, "step": progress.step, "images": progress.images,
+            "seen": progress.seen, "seconds": round(progress.seconds, 1),
+            "fraction": round(fraction(stage, state), 4), "images_per_s": round(rate_per_s, 1),
+            **{name: round(value, 5) for name, value in means.items()},
+        }  # fmt: skip
+        _append(self._path, record)
+        log.info("%s", " ".join(f"{k}={v}" for k, v in record.items()))
+        self._rows, self._start = [], time.monotonic()
+
+
+def fraction(stage: StageRecipe, state: State) -> float:
+    """Returns how much of the stage is over: 0..1 by images or by time, whichever is more."""
+    by_images = state.progress.images / stage.images
+    by_time = state.progress.seconds / (60 * stage.minutes) if stage.minutes else 0.0
+    return min(1.0, max(by_images, by_time))
+
+
+def rate(stage: StageRecipe, state: State) -> float:
+    """Returns the factor on the learning rate: a linear warm-up, then half a cosine down to 0."""
+    warm = min(1.0, (state.progress.step + 1) / max(stage.warmup_steps, 1))
+    return warm * 0.5 * (1 + math.cos(math.pi * fraction(stage, state)))
+
+
+def finish(state: State, recipe: Recipe, path: Path) -> None:
+    """Writes the weights that the bundle is exported from: the averages, in half precision, with
+    where they came from."""
+    from diffusionact.training import weights
+
+    provenance = {
+        "recipe": recipe.name, "recipe_sha256": recipe.digest, "commit": _commit(),
+        "images_seen": state.progress.seen, "data": "rendered faces",
+    }  # fmt: skip
+    parts = {"render": state.ema["unet"], "encoder": state.ema["encoder"],
+             "reenactment": state.ema["reenactment"]}  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights.save(path, state.config, parts, provenance=provenance, dtype=torch.float16)
+    log.info("wrote %s", path)
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
+
+
+def _statistics(pool: Pool, identities: int) -> HeadTargets:
+    """The heads' targets of a sample of the training frames."""
+    rng = np.random.default_rng(0)
+    identity = rng.integers(identities, size=STATISTICS_FRAMES)
+    frame = rng.integers(pool.frames, size=STATISTICS_FRAMES)
+    return head_targets(
+        pool.points[identity, frame], pool.gaze[identity, frame], pool.parameters[identity, frame]
+    )
+
+
+def _optimizer(state: State, stage: StageRecipe, device: torch.device) -> torch.optim.Optimizer:
+    factors = {"unet": stage.unet_lr, "heads": stage.heads_lr}
+    groups = [
+        {"params": list(state.live[name].parameters()), "lr": stage.lr,
+         "base_lr": stage.lr * factors.get(name, 1.0)}
+        for name in TRAINED[stage.kind]
+    ]  # fmt: skip
+    return torch.optim.AdamW(groups, weight_decay=stage.weight_decay, fused=True)
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=train.__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--out")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    train(arguments.recipe, resume=arguments.resume, out=arguments.out, device=arguments.device)
+
+
+if __name__ == "__main__":
+    main()

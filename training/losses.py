@@ -1,0 +1,111 @@
+"""What training minimises: weighted pixel errors, and heads that read the scene out of z."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffusionact.training.config import LossRecipe
+
+F32 = npt.NDArray[np.float32]
+
+# Pairs of points (68-point layout) whose distance is an opening: lids, inner lips, brow to lid.
+OPENINGS = ((37, 41), (38, 40), (43, 47), (44, 46), (61, 67), (62, 66), (63, 65), (60, 64),
+            (19, 37), (24, 44))  # fmt: skip
+
+
+def pixel_weights(labels: Tensor, gaze: Tensor, recipe: LossRecipe) -> Tensor:
+    """Returns weights: float32 [B,1,S,S], mean 1 per image, heavy on eyes, mouth and brows.
+
+    labels: uint8 [B,S,S], the renderer's regions; gaze: float32 [B,2,2] px. Regions are grown by
+    one pixel, so that their outlines count as well.
+    """
+    table = torch.tensor(recipe.regions(), device=labels.device)
+    weight = functional.max_pool2d(table[labels.long()][:, None], 3, stride=1, padding=1)
+    side = torch.arange(labels.shape[-1], device=labels.device, dtype=gaze.dtype)
+    offsets = side[None, None, None] - gaze[..., None]  # [B, eye, xy, S]
+    bump = torch.exp(-0.5 * (offsets / recipe.gaze_sigma_px) ** 2)
+    bumps = torch.einsum("bey,bex->byx", bump[:, :, 1], bump[:, :, 0])
+    weight = weight + recipe.gaze * bumps[:, None]
+    return weight / weight.mean(dim=(1, 2, 3), keepdim=True)
+
+
+def weighted_square(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Returns the squared error per image: float32 [B], mean over colours and weighted pixels."""
+    return (weight * (prediction.float() - target) ** 2).mean(dim=(1, 2, 3))
+
+
+@dataclass(frozen=True)
+class HeadTargets:
+    """values: float32 [B,K], the groups side by side; sizes: the length of each group."""
+
+    values: F32
+    sizes: tuple[int, ...]
+
+
+# The groups count alike, whatever their lengths; gaze and openings are small in the picture and
+# decide whether a face lives, so they count more.
+GROUP_WEIGHTS = (1.0, 1.0, 1.0, 1.5, 1.5)
+
+
+def head_targets(points: F32, gaze: F32, parameters: F32) -> HeadTargets:
+    """Returns what the heads read from z: parameters, landmarks, gaze points, gaze relative to
+    its eye, openings of eyes and mouth. Not standardised; lengths in px.
+
+    points: float32 [B,68,>=2] px; gaze: float32 [B,2,2] px; parameters: float32 [B,P].
+    """
+    xy = points[..., :2]
+    eyes = np.stack([xy[:, 36:42].mean(1), xy[:, 42:48].mean(1)], axis=1)
+    first, second = np.array(OPENINGS).T
+    openings = np.linalg.norm(xy[:, first] - xy[:, second], axis=-1)
+    count = len(points)
+    groups = [parameters, xy.reshape(count, -1), gaze.reshape(count, -1),
+              (gaze - eyes).reshape(count, -1), openings]  # fmt: skip
+    values = np.concatenate(groups, axis=1).astype(np.float32)
+    return HeadTargets(values, tuple(group.shape[1] for group in groups))
+
+
+class Heads(nn.Module):
+    """One linear layer on z for all targets; the L1 error of standardised values is its loss.
+    Linear, so that the scene lies along straight directions of z."""
+
+    mean: Tensor
+    scale: Tensor
+    weight: Tensor
+
+    def __init__(self, embed: int, targets: HeadTargets) -> None:
+        """`targets` of a large sample set the mean and scale of each value."""
+        super().__init__()
+        count = targets.values.shape[1]
+        self.linear = nn.Linear(embed, count)
+        mean, deviation = targets.values.mean(0), targets.values.std(0)
+        self.register_buffer("mean", torch.from_numpy(mean))
+        # A value that never varies has nothing to teach; its scale must not blow up its noise.
+        self.register_buffer("scale", torch.from_numpy(1 / np.maximum(deviation, 1e-2)))
+        self.register_buffer("weight", torch.from_numpy(group_weights(targets.sizes)))
+
+    def loss(self, z: Tensor, values: Tensor) -> Tensor:
+        """Returns the weighted L1 error per sample: float32 [B]. values: float32 [B,K]."""
+        wanted = (values - self.mean) * self.scale
+        return ((self.linear(z).float() - wanted).abs() * self.weight).sum(dim=1)
+
+
+def group_weights(sizes: Sequence[int]) -> F32:
+    """Returns one weight per value: float32 [K], summing to 1."""
+    rows = [np.full(n, w / n) for n, w in zip(sizes, GROUP_WEIGHTS, strict=True)]
+    weights = np.concatenate(rows)
+    return (weights / weights.sum()).astype(np.float32)
+
+
+def code_distance(z: Tensor, wanted: Tensor, deviation: Tensor) -> Tensor:
+    """Returns |z - wanted| in standard deviations of the code, mean over the code: float32 [B].
+
+    Source: DiffusionAct, the pre-training of the reenactment encoder.
+    """
+    return ((z.float() - wanted) / deviation).abs().mean(dim=1)

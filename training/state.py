@@ -1,0 +1,112 @@
+"""The networks of a run, their moving averages, how far the run is, and its checkpoint file."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusionact.errors import SettingsError
+from diffusionact.training.config import Recipe
+from diffusionact.training.losses import Heads, HeadTargets
+from diffusionact.training.models import PRESETS, ReenactmentEncoder, SemanticEncoder, UNet
+from diffusionact.training.models.config import NetworkConfig
+
+FORMAT = 1
+
+
+@dataclass
+class Progress:
+    """Where the run is: the stage, and within it steps, images and seconds so far; `seen` counts
+    the images of the whole run."""
+
+    stage: int = 0
+    step: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    seen: int = 0
+
+    def next_stage(self) -> None:
+        self.stage, self.step, self.images, self.seconds = self.stage + 1, 0, 0, 0.0
+
+
+class State:
+    """`live` are the networks that the optimiser moves, `ema` their moving averages."""
+
+    def __init__(self, recipe: Recipe, targets: HeadTargets, device: torch.device) -> None:
+        if recipe.network.lower() not in PRESETS:
+            raise SettingsError(
+                f"network = {recipe.network!r}, wanted one of {', '.join(PRESETS)}"
+            )
+        config = PRESETS[recipe.network.lower()]
+        torch.manual_seed(recipe.seed)
+        live = nn.ModuleDict({
+            "unet": UNet(config),
+            "encoder": SemanticEncoder(config),
+            "reenactment": ReenactmentEncoder(config),
+            "heads": Heads(config.embed, targets),
+        })  # fmt: skip
+        self.config: NetworkConfig = config
+        self.live = live.to(device).to(memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.live).requires_grad_(False)
+        self.progress = Progress()
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def start_reenactment(self) -> None:
+        """Sets the reenactment encoder to the averaged semantic encoder; its drawing input stays
+        at zero. Source: DiffusionAct, the initialisation of the reenactment encoder."""
+        self.restart_from_average()
+        encoder = self.ema["encoder"].state_dict()
+        for networks in (self.live, self.ema):
+            networks["reenactment"].controlnet.load_state_dict(encoder)  # type: ignore[union-attr,operator]
+
+    def restart_from_average(self) -> None:
+        """Sets the live networks to their averages."""
+        self.live.load_state_dict(self.ema.state_dict())
+
+    @torch.no_grad()
+    def average(self, decay: float, names: list[str]) -> None:
+        """Moves the averages of the networks `names` by one step."""
+        for name in names:
+            averaged = [p.data for p in self.ema[name].parameters()]
+            fresh = [p.data for p in self.live[name].parameters()]
+            torch._foreach_lerp_(averaged, fresh, 1 - decay)
+
+    def save(self, path: Path, recipe: Recipe) -> None:
+        """Writes the checkpoint, whole or not at all."""
+        content = {
+            "format": FORMAT,
+            "recipe": recipe.digest,
+            "progress": vars(self.progress),
+            "live": self.live.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+        }
+        part = path.with_name(f".part-{path.name}")
+        torch.save(content, part)
+        os.replace(part, path)
+
+    def load(self, path: Path) -> dict[str, Any] | None:
+        """Takes over the checkpoint; returns the optimiser's state, if it holds one.
+
+        Raises:
+            SettingsError: no checkpoint there, or of another format or network.
+        """
+        if not path.exists():
+            raise SettingsError(f"no checkpoint {path} to resume from; run without --resume")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content.get("format") != FORMAT:
+            raise SettingsError(f"{path}: format {content.get('format')}, wanted {FORMAT}")
+        try:
+            self.live.load_state_dict(content["live"])
+            self.ema.load_state_dict(content["ema"])
+        except RuntimeError as error:
+            raise SettingsError(f"{path} holds another network than the recipe: {error}") from error
+        self.progress = Progress(**content["progress"])
+        optimizer: dict[str, Any] | None = content["optimizer"]
+        return optimizer
