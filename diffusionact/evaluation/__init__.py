@@ -1,0 +1,1 @@
+"""Measures of a reenacted face against what it should be; NumPy and OpenCV only."""

@@ -1,0 +1,115 @@
+"""The seam between the loop and what runs a network: four members that every backend honours."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from diffusionact.errors import BundleError, DeviceError, SettingsError
+from diffusionact.manifest import Manifest, TensorSpec
+
+Array: TypeAlias = npt.NDArray[Any]
+
+# backend -> the module that opens it; a new backend is a module and a line here. A module has
+# DEVICES, the best first, and open_model(path, inputs, outputs, device, threads) -> Component.
+BACKENDS: Mapping[str, str] = {"ort": "diffusionact.runtime.ort"}
+
+
+class Component(Protocol):
+    """A network with fixed shapes, run over memory that its caller owns."""
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """The input tensors by name, all sizes fixed."""
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """The output tensors by name, all sizes fixed."""
+
+    def bind(self, **arrays: Array) -> None:
+        """Return nothing; from now on `run` reads and writes these arrays, all of them at once.
+
+        Raises: SettingsError for a tensor too few, too many or not as its spec says.
+        """
+
+    def run(self) -> None:
+        """Return nothing; the outputs are complete in their arrays when it returns."""
+
+
+def open_component(
+    bundle_dir: Path,
+    manifest: Manifest,
+    name: str,
+    *,
+    backend: str = "ort",
+    device: str = "cpu",
+    threads: int = 0,
+    sizes: Mapping[str, int] | None = None,
+) -> Component:
+    """Return component `name` of the bundle, opened but not bound.
+
+    device: "auto" takes the backend's best; threads: 0 leaves the number to the backend;
+    sizes: what the manifest's named sizes are in this run, such as {"N": steps}.
+
+    Raises: SettingsError for an unknown backend, BackendMissing when its library is not installed,
+    DeviceError for a device it cannot use, BundleError when the model is not as the manifest says.
+    """
+    if backend not in BACKENDS:
+        raise SettingsError(f"backend {backend!r} is not known; choose from: {', '.join(BACKENDS)}")
+    if name not in manifest.components:
+        raise BundleError(
+            f"{bundle_dir}: has no component {name!r}, only "
+            f"{', '.join(sorted(manifest.components))}; export the bundle again"
+        )
+    module = importlib.import_module(BACKENDS[backend])
+    chosen = module.DEVICES[0] if device == "auto" else device
+    if chosen not in module.DEVICES:
+        raise DeviceError(
+            f"backend {backend!r} runs on {', '.join(module.DEVICES)}, not on {chosen!r}; "
+            f"choose one of these, or 'auto'"
+        )
+    spec = manifest.components[name]
+    inputs, outputs = (fixed(specs, sizes or {}) for specs in (spec.inputs, spec.outputs))
+    component: Component = module.open_model(
+        bundle_dir / spec.file, inputs, outputs, device=chosen, threads=threads
+    )
+    return component
+
+
+def fixed(specs: Iterable[TensorSpec], sizes: Mapping[str, int]) -> dict[str, TensorSpec]:
+    """Return the specs by name with every named size replaced by its number.
+
+    Raises: SettingsError for a named size that `sizes` lacks.
+    """
+    known = {}
+    for spec in specs:
+        missing = [size for size in spec.shape if isinstance(size, str) and size not in sizes]
+        if missing:
+            raise SettingsError(f"tensor {spec.name!r}: give a number for size {missing[0]!r}")
+        shape = tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
+        known[spec.name] = replace(spec, shape=shape)
+    return known
+
+
+def check_bound(specs: Mapping[str, TensorSpec], arrays: Mapping[str, Array]) -> None:
+    """Return nothing when `arrays` are just what `specs` describe, each in C order.
+
+    Raises: SettingsError naming the first tensor that is not.
+    """
+    if set(arrays) != set(specs):
+        raise SettingsError(f"bound {sorted(arrays)}; wanted {sorted(specs)}, all of them")
+    for name, spec in specs.items():
+        array = arrays[name]
+        if array.shape != spec.shape or array.dtype != np.dtype(spec.dtype):
+            raise SettingsError(
+                f"tensor {name!r} is {array.dtype} {list(array.shape)}; "
+                f"wanted {spec.dtype} {list(spec.shape)}"
+            )
+        if not array.flags.c_contiguous:
+            raise SettingsError(f"tensor {name!r} is not contiguous; wanted C order")

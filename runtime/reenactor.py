@@ -1,0 +1,258 @@
+"""A portrait that follows a face: loads a bundle, prepares a portrait, renders frame by frame.
+
+The order of the stages stands here; no threads, no camera, no files but the bundle's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from diffusionact import manifest as manifest_file
+from diffusionact.condition import draw_condition
+from diffusionact.errors import NoFace, SettingsError
+from diffusionact.image import bgr_to_rgb, check_image, to_tensor, to_uint8, warp_crop
+from diffusionact.landmarks import Landmarks, crop_matrix
+from diffusionact.manifest import Manifest
+from diffusionact.runtime.component import BACKENDS
+from diffusionact.runtime.loop import Loop, open_loop
+from diffusionact.runtime.retarget import Retargeter, RetargetSettings
+from diffusionact.runtime.source import Source
+from diffusionact.runtime.timing import StopWatch
+from diffusionact.runtime.tracker import Tracker, open_tracker, portrait_face
+
+UInt8Array: TypeAlias = npt.NDArray[np.uint8]
+
+SYNTHETIC_DOMAIN = "rendered faces"
+_log = logging.getLogger("diffusionact")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a caller may choose; everything else is in the bundle's manifest."""
+
+    steps: int | tuple[int, ...] | None = None  # of render: a count, timesteps, or the bundle's
+    backend: str = "ort"
+    threads: int = 0  # 0: one for each physical core
+    paste: bool = True  # into the portrait; otherwise Result.frame is the bare crop
+    smoothing: float = 1.0  # of the driver's motion: 0 is off, 2 twice as strong
+    absolute_pose: bool = False  # the driver's head pose itself, not its change
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise SettingsError(
+                f"backend {self.backend!r} is not known; choose from: {', '.join(BACKENDS)}"
+            )
+        if self.threads < 0:
+            raise SettingsError(f"threads={self.threads}; wanted 0 (one a core) or more")
+        if not self.smoothing >= 0.0:
+            raise SettingsError(f"smoothing={self.smoothing}; wanted 0 (off) or more")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One frame, its arrays its own.
+
+    frame: uint8 [H,W,3], BGR, the portrait with the new face, or the crop when pasting is off;
+    crop: uint8 [S,S,3], BGR; landmarks: the ones it was drawn from, crop px;
+    times: stage -> nanoseconds, in order; seen: whether the driver showed a face.
+    """
+
+    frame: UInt8Array
+    crop: UInt8Array
+    landmarks: Landmarks
+    times: Mapping[str, int]
+    seen: bool = True
+
+
+class Reenactor:
+    """Networks of one bundle, opened and bound; not to be shared between threads."""
+
+    def __init__(
+        self, manifest: Manifest, loop: Loop, settings: Settings, tracker: Tracker | None = None
+    ) -> None:
+        self.manifest = manifest
+        self.settings = settings
+        self._loop = loop
+        self._tracker = tracker
+        side = manifest.image_size
+        self._canvas = np.zeros((side, side, 3), np.uint8)
+        self._condition = np.zeros((1, 3, side, side), np.float32)
+        self._source: Source | None = None
+        self._retargeter: Retargeter | None = None
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | os.PathLike[str],
+        device: str = "auto",
+        settings: Settings | None = None,
+        tracker: Tracker | None = None,
+    ) -> Reenactor:
+        """Return a reenactor of a bundle, its hashes checked and its networks bound.
+
+        tracker: for pictures; None opens the installed one when the first picture comes.
+
+        Raises: BundleError, SettingsError, DeviceError, BackendMissing.
+        """
+        settings = settings or Settings()
+        bundle_dir = Path(bundle)
+        manifest = manifest_file.read(bundle_dir)
+        loop = open_loop(
+            bundle_dir,
+            manifest,
+            steps=settings.steps,
+            backend=settings.backend,
+            device=device,
+            threads=settings.threads,
+        )
+        return cls(manifest, loop, settings, tracker)
+
+    def prepare(
+        self,
+        portrait_bgr: UInt8Array,
+        face: int | None = None,
+        landmarks: Landmarks | None = None,
+    ) -> Source:
+        """Return the portrait made ready: crop, landmarks, and x_T by inversion.
+
+        portrait_bgr: uint8 [H,W,3]; face: which of several, from 1; landmarks: of the face, in
+        portrait px, when they are known and no tracker is wanted. A portrait without known
+        landmarks counts as a photo, which a model of rendered faces was not trained on: a warning
+        is logged.
+
+        Raises: MediaError for no picture, NoFace, SettingsError, BackendMissing.
+        Source: DiffusionAct, inversion with the source's own z.
+        """
+        check_image(portrait_bgr, "portrait")
+        if landmarks is None:
+            landmarks = portrait_face(self.tracker.detect(portrait_bgr), face)
+            self._warn_of_photo()
+        side, how = self.manifest.image_size, self.manifest.crop
+        matrix = crop_matrix(landmarks.points, side, how.rotate, how.scale)
+        crop = warp_crop(bgr_to_rgb(portrait_bgr), matrix, side)
+        in_crop = landmarks.transformed(matrix)
+        image = to_tensor(crop)
+        x_T = self._loop.invert(image, self._loop.encode(image, self._draw(in_crop)))
+        return Source(portrait_bgr.copy(), crop, in_crop, matrix, x_T, self.manifest.weights_sha256)
+
+    def reenact(
+        self, driver: UInt8Array | Landmarks | None, source: Source, pts_ns: int | None = None
+    ) -> Result:
+        """Return the portrait with the driver's motion.
+
+        driver: a picture, uint8 [H,W,3] BGR, or its landmarks in its own px, or None where no
+        face was seen; pts_ns: the frame's time, for smoothing. While no face is seen the portrait
+        holds its last motion, then eases to rest. Motion is relative to the session's neutral
+        face; another source starts another session.
+
+        Raises: MediaError for no picture, SettingsError for a source of other weights.
+        """
+        watch = StopWatch()
+        if isinstance(driver, np.ndarray):
+            driver = self._track(driver)
+            watch.lap("track")
+        target = self.retargeter(source).target(driver, pts_ns)
+        watch.lap("retarget")
+        return self._render(target, source, watch, driver is not None)
+
+    def render(self, target: Landmarks, source: Source) -> Result:
+        """Return the portrait with exactly these landmarks, given in crop px: no retargeting.
+
+        Raises: SettingsError for a source of other weights.
+        """
+        source.check_made_by(self.manifest.weights_sha256)
+        return self._render(target, source, StopWatch())
+
+    def rest(self, source: Source) -> Result:
+        """Return the portrait with its own landmarks: what is shown before the first driver."""
+        return self.render(source.landmarks, source)
+
+    def retargeter(self, source: Source) -> Retargeter:
+        """Return the session's retargeter for this source, to calibrate or recalibrate it."""
+        if self._retargeter is None or source is not self._source:
+            source.check_made_by(self.manifest.weights_sha256)
+            self._source = source
+            self._retargeter = Retargeter(
+                source.landmarks,
+                RetargetSettings(
+                    absolute_pose=self.settings.absolute_pose,
+                    smoothing=self.settings.smoothing,
+                    pose_range_deg=_pose_range_deg(self.manifest),
+                ),
+            )
+        return self._retargeter
+
+    @property
+    def tracker(self) -> Tracker:
+        """The tracker in use, opened now if it was not. Raises: BackendMissing."""
+        if self._tracker is None:
+            self._tracker = open_tracker()
+        return self._tracker
+
+    def close(self) -> None:
+        """Return nothing; the tracker is closed and the session forgotten."""
+        if self._tracker is not None:
+            self._tracker.close()
+        self._tracker = self._source = self._retargeter = None
+
+    def __enter__(self) -> Reenactor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _track(self, frame_bgr: UInt8Array) -> Landmarks | None:
+        check_image(frame_bgr, "driver frame")
+        try:
+            return self.tracker.track(frame_bgr)
+        except NoFace:
+            return None
+
+    def _render(
+        self, target: Landmarks, source: Source, watch: StopWatch, seen: bool = True
+    ) -> Result:
+        condition = self._draw(target)
+        watch.lap("condition")
+        z = self._loop.encode(source.image, condition)
+        watch.lap("encode")
+        x_0 = self._loop.render(source.x_T, z)
+        watch.lap("render")
+        crop = bgr_to_rgb(to_uint8(x_0))  # the same swap leads from RGB to BGR
+        frame = source.paster.paste(crop) if self.settings.paste else crop
+        watch.lap("paste")
+        return Result(frame, crop, target, watch.times, seen)
+
+    def _draw(self, landmarks: Landmarks) -> npt.NDArray[np.float32]:
+        draw_condition(landmarks, len(self._canvas), self.manifest.drawing, self._canvas)
+        return to_tensor(self._canvas, self._condition)
+
+    def _warn_of_photo(self) -> None:
+        if self.manifest.training.domain == SYNTHETIC_DOMAIN:
+            _log.warning(
+                "this model was trained on rendered faces: a photo lies outside its training, "
+                "expect a poor likeness"
+            )
+
+
+def _pose_range_deg(manifest: Manifest) -> tuple[float, float, float]:
+    """Return the largest yaw, pitch and roll that the model was trained on, or the usual."""
+    ranges, default = manifest.training.pose_range_deg, RetargetSettings().pose_range_deg
+    yaw, pitch, roll = (
+        max(abs(end) for end in ranges[name]) if name in ranges else usual
+        for name, usual in zip(("yaw", "pitch", "roll"), default, strict=True)
+    )
+    return yaw, pitch, roll
