@@ -1,0 +1,151 @@
+"""A weights file to a bundle: the folder that the runtime opens."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from diffusionact import manifest as manifest_file
+from diffusionact.condition import Drawing
+from diffusionact.errors import BundleError
+from diffusionact.export import parity, to_onnx, wrap
+from diffusionact.manifest import ComponentSpec, Crop, Manifest, Sampling, Schedule, Training
+from diffusionact.training import weights as weights_file
+from diffusionact.training.models import ReenactmentEncoder, UNet
+
+log = logging.getLogger(__name__)
+
+PARITY_FILE = "parity.json"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the manifest says that the weights do not: how to run the network, and its terms."""
+
+    name: str = "face128"
+    render: Sampling = Sampling(4, (2, 4, 8, 10, 20))
+    invert: Sampling = Sampling(20)
+    crop: Crop = Crop(rotate=False, scale=1.13)  # the frame that training/faces.py renders
+    drawing: Drawing = Drawing(thickness_px=1, disc_radius_px=1.5, antialias=True)
+    training: Training = Training(
+        data="faces rendered by diffusionact's own face model",
+        licence="MIT",
+        domain="rendered faces",
+    )
+    licence: str = "MIT"
+    student_of: str | None = None
+
+
+FACE128_CARD = Card()
+
+
+def export_bundle(weights_path: Path, out_dir: Path, card: Card = FACE128_CARD) -> Manifest:
+    """The manifest of the bundle, which is in `out_dir` when this returns, whole or not at all.
+
+    A bundle that is there already is replaced.
+
+    Raises:
+        SettingsError: the weights file is missing, damaged or lacks a part.
+        BundleError: `out_dir` is something else than a bundle, or ONNX Runtime's answers are too
+            far from PyTorch's.
+    """
+    weights = weights_file.load(weights_path)
+    _check_free(out_dir)
+    encoder = cast(ReenactmentEncoder, weights.network("reenactment"))
+    render = cast(UNet, weights.network("render"))
+    invert = cast(UNet, weights.network("invert")) if "invert" in weights.parts else None
+    modules = wrap.components(encoder, render, invert)
+    bare = _bare_manifest(weights, render, manifest_file.file_sha256(Path(weights_path)), card)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=f".part-{out_dir.name}-"))
+    try:
+        manifest = _write_components(folder, bare, modules)
+        _write_parity(folder, parity.measure(folder, manifest, modules))
+        manifest_file.write(folder, manifest)
+        folder.chmod(0o755)
+        _put_in_place(folder, out_dir)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return manifest
+
+
+def _bare_manifest(
+    weights: weights_file.Weights, unet: UNet, weights_sha256: str, card: Card
+) -> Manifest:
+    """The manifest without its components."""
+    return Manifest(
+        name=card.name,
+        image_size=weights.config.image_size,
+        z_size=weights.config.embed,
+        modulation_size=unet.modulation_size,
+        time_row_size=2 * unet.modulation_size,
+        prediction=weights.config.prediction,
+        schedule=Schedule(),
+        render=card.render,
+        invert=card.invert,
+        crop=card.crop,
+        drawing=card.drawing,
+        landmark_layout="ibug68+gaze2",
+        training=replace(card.training, provenance=dict(weights.provenance)),
+        licence=card.licence,
+        weights_sha256=weights_sha256,
+        components={},
+        student_of=card.student_of,
+    )
+
+
+def _write_components(folder: Path, bare: Manifest, modules: Mapping[str, nn.Module]) -> Manifest:
+    """The manifest with the components, whose files are in the folder."""
+    tensors = manifest_file.component_tensors(bare)
+    components = {}
+    for name, module in modules.items():
+        path = folder / f"{name}.onnx"
+        inputs, outputs = tensors[name.removesuffix("_invert")]
+        to_onnx.export(module, inputs, outputs, path)
+        digest = manifest_file.file_sha256(path)
+        components[name] = ComponentSpec(path.name, digest, inputs, outputs)
+        log.info("%s: %.1f MB", path.name, path.stat().st_size / 1e6)
+    return replace(bare, components=components)
+
+
+def _write_parity(folder: Path, rows: tuple[parity.Row, ...]) -> None:
+    """Nothing; writes the table that the bundle passed.
+
+    Raises:
+        BundleError: a row did not pass.
+    """
+    log.info("%s", parity.table(rows))
+    if not all(row.passed for row in rows):
+        raise BundleError(
+            "the exported graphs do not answer as the weights do; no bundle was written.\n"
+            f"{parity.table(rows)}\nTry other versions than {parity.VERSIONS}"
+        )
+    content = {"versions": parity.VERSIONS, "rows": [asdict(row) for row in rows]}
+    (folder / PARITY_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_free(out_dir: Path) -> None:
+    if not out_dir.exists() or (out_dir / manifest_file.FILE_NAME).is_file():
+        return
+    if not out_dir.is_dir() or any(out_dir.iterdir()):
+        raise BundleError(f"{out_dir} is there and is no bundle; give another -o, or remove it")
+
+
+def _put_in_place(folder: Path, out_dir: Path) -> None:
+    """Nothing; `folder` is now `out_dir`, and what was there before is gone."""
+    if not out_dir.exists():
+        os.replace(folder, out_dir)
+        return
+    old = folder.with_name(folder.name + "-old")
+    os.replace(out_dir, old)
+    os.replace(folder, out_dir)
+    shutil.rmtree(old)

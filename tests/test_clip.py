@@ -1,0 +1,212 @@
+"""Whole clips through a toy bundle: length, timing, lost faces, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from diffusionact.errors import MediaError, NoFace, SettingsError
+from diffusionact.landmarks import Landmarks, Track
+from diffusionact.runtime.clip import run_clip
+from diffusionact.runtime.media import FRAME_NS, open_reader, read_image
+from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.writer import make_track, open_writer
+
+UInt8Array = npt.NDArray[np.uint8]
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class ScriptedTracker:
+    """Finds what a script says; a picture's grey level is the script's line."""
+
+    def __init__(self, script: list[Landmarks | None]) -> None:
+        self.script = script
+
+    def detect(self, image_bgr: UInt8Array) -> list[Landmarks]:
+        return [face for face in self.script[:1] if face is not None]
+
+    def track(self, image_bgr: UInt8Array) -> Landmarks:
+        face = self.script[int(image_bgr[0, 0, 0].round())]
+        if face is None:
+            raise NoFace("scripted")
+        return face
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def act(toy_bundle: Path) -> Iterator[Reenactor]:
+    with Reenactor.load(toy_bundle) as made:
+        yield made
+
+
+@pytest.fixture
+def portrait_file(tmp_path: Path, portrait: tuple[UInt8Array, Landmarks]) -> Path:
+    """A portrait with its landmarks beside it."""
+    image, face = portrait
+    path = tmp_path / "portrait.png"
+    cv2.imwrite(str(path), image)
+    make_track([face], [0], (image.shape[1], image.shape[0])).save(path.with_suffix(".npz"))
+    return path
+
+
+def folder_of(path: Path, count: int) -> Path:
+    path.mkdir()
+    for i in range(count):
+        cv2.imwrite(str(path / f"{i:03d}.png"), np.full((40, 40, 3), i, np.uint8))
+    return path
+
+
+def moving(face: Landmarks, count: int) -> list[Landmarks | None]:
+    """The face with a mouth that opens frame by frame."""
+    made: list[Landmarks | None] = []
+    for i in range(count):
+        points = face.points.copy()
+        points[[65, 66, 67, 55, 56, 57, 58, 59], 1] += 0.4 * i
+        made.append(Landmarks(points, face.gaze))
+    return made
+
+
+def test_a_track_drives_a_video_of_its_length_and_timing(
+    act: Reenactor, portrait_file: Path, tmp_path: Path
+) -> None:
+    driver = GOLDEN / "driver_gaps.npz"
+    report = run_clip(act, portrait_file, driver, tmp_path / "out.mp4")
+    track = Track.load(driver)
+    frames = list(open_reader(tmp_path / "out.mp4"))
+    assert report.frames == len(frames) == len(track)
+    assert report.seen == sum(track[i] is not None for i in range(len(track)))
+    # the track has no clock of its own: 1/90000 s is the video's
+    worst = max(abs(f.pts_ns - int(t)) for f, t in zip(frames, track.pts_ns, strict=True))
+    assert worst <= 1e9 / 90_000
+    assert report.times["total"].count == len(track)
+
+
+def test_before_the_first_face_the_portrait_rests(
+    act: Reenactor, portrait_file: Path, tmp_path: Path
+) -> None:
+    run_clip(act, portrait_file, GOLDEN / "driver_gaps.npz", tmp_path / "out")
+    images = [frame.image_bgr for frame in open_reader(tmp_path / "out")]
+    track = Track.load(GOLDEN / "driver_gaps.npz")
+    first = next(i for i in range(len(track)) if track[i] is not None)
+    assert all(np.array_equal(image, images[0]) for image in images[:first])
+    assert not np.array_equal(images[-1], images[0])
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out"])
+def test_a_folder_of_pictures_drives(
+    toy_bundle: Path, portrait_file: Path, face: Landmarks, tmp_path: Path, name: str
+) -> None:
+    script = moving(face, 5)
+    script[2] = None
+    driver = folder_of(tmp_path / "driver", 5)
+    with Reenactor.load(toy_bundle, tracker=ScriptedTracker(script)) as act:
+        report = run_clip(act, portrait_file, driver, tmp_path / name)
+    assert (report.frames, report.seen) == (5, 4)
+    assert [f.pts_ns for f in open_reader(tmp_path / name)] == [i * FRAME_NS for i in range(5)]
+
+
+def test_a_picture_drives_a_picture(
+    toy_bundle: Path, portrait_file: Path, face: Landmarks, tmp_path: Path
+) -> None:
+    cv2.imwrite(str(tmp_path / "open.png"), np.full((40, 40, 3), 9, np.uint8))
+    with Reenactor.load(toy_bundle, tracker=ScriptedTracker(moving(face, 10))) as act:
+        run_clip(act, portrait_file, tmp_path / "open.png", tmp_path / "out.png")
+        source = act.prepare(read_image(portrait_file), landmarks=Track.load(
+            portrait_file.with_suffix(".npz"))[0])  # fmt: skip
+        rest = act.rest(source).frame
+    moved = read_image(tmp_path / "out.png")
+    assert moved.shape == rest.shape
+    assert not np.array_equal(moved, rest)
+
+
+def test_a_track_is_written_without_rendering(
+    act: Reenactor, portrait_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("rendered")
+
+    monkeypatch.setattr(act, "reenact", refuse)
+    run_clip(act, portrait_file, GOLDEN / "driver_nod.npz", tmp_path / "out.npz")
+    made, driver = Track.load(tmp_path / "out.npz"), Track.load(GOLDEN / "driver_nod.npz")
+    assert len(made) == len(driver)
+    np.testing.assert_array_equal(made.pts_ns, driver.pts_ns)
+    image = read_image(portrait_file)
+    assert made.size == (image.shape[1], image.shape[0])
+    known = Track.load(portrait_file.with_suffix(".npz")).landmarks[0]
+    # in the portrait's pixels, and no further from its face than a face moves
+    assert np.abs(made.landmarks[:, :, :2] - known[:, :2]).max() < 0.3 * np.ptp(known[:, 0])
+
+
+def test_the_bare_crop_has_the_side_of_the_model(
+    toy_bundle: Path, portrait_file: Path, tmp_path: Path
+) -> None:
+    with Reenactor.load(toy_bundle, settings=Settings(paste=False)) as act:
+        run_clip(act, portrait_file, GOLDEN / "driver_nod.npz", tmp_path / "out")
+        side = act.manifest.image_size
+    assert read_image(tmp_path / "out" / "000001.png").shape == (side, side, 3)
+
+
+def test_a_driver_without_any_face_is_refused(
+    toy_bundle: Path, portrait_file: Path, tmp_path: Path
+) -> None:
+    driver = folder_of(tmp_path / "driver", 3)
+    with (
+        Reenactor.load(toy_bundle, tracker=ScriptedTracker([None] * 3)) as act,
+        pytest.raises(NoFace, match="no face in any of its 3 frames"),
+    ):
+        run_clip(act, portrait_file, driver, tmp_path / "out.mp4")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_cannot_be_done_is_refused_before_the_work(
+    act: Reenactor, portrait_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    track = GOLDEN / "driver_nod.npz"
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("worked")
+
+    monkeypatch.setattr(act, "reenact", refuse)
+    for driver, output, kind, word in (
+        (track, tmp_path / "out.png", MediaError, "one frame"),
+        (track, portrait_file, MediaError, "one frame"),
+        ("0", tmp_path / "out.mp4", SettingsError, "never ends"),
+        (tmp_path / "missing.mp4", tmp_path / "out.mp4", MediaError, "no such file"),
+        (track, portrait_file / "out.mp4", MediaError, "cannot be written"),
+        (portrait_file, portrait_file, MediaError, "overwrite"),
+    ):
+        with pytest.raises(kind, match=word):
+            run_clip(act, portrait_file, driver, output)
+
+
+def test_progress_rises_to_the_end(
+    toy_bundle: Path, portrait_file: Path, face: Landmarks, tmp_path: Path
+) -> None:
+    seen: list[tuple[int, int | None]] = []
+    driver = folder_of(tmp_path / "driver", 6)
+    with Reenactor.load(toy_bundle, tracker=ScriptedTracker(moving(face, 6))) as act:
+        run_clip(act, portrait_file, driver, tmp_path / "out.mp4",
+                 progress=lambda done, total: seen.append((done, total)))  # fmt: skip
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert len(seen) == 12
+    assert seen[-1] == (6, 6)
+
+
+def test_a_track_beside_a_video_takes_the_trackers_place(
+    act: Reenactor, portrait_file: Path, face: Landmarks, tmp_path: Path
+) -> None:
+    driver = tmp_path / "driver.mp4"
+    faces = moving(face, 4)
+    with open_writer(driver) as writer:
+        for i in range(4):
+            writer.write(np.zeros((32, 32, 3), np.uint8), i * FRAME_NS, FRAME_NS, face)
+    make_track(faces, [i * FRAME_NS for i in range(4)], (32, 32)).save(tmp_path / "driver.npz")
+    act._tracker = ScriptedTracker([])  # an index error if it is asked
+    assert run_clip(act, portrait_file, driver, tmp_path / "out.mp4").frames == 4

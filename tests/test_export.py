@@ -1,0 +1,245 @@
+"""Weights to bundle: the graphs, their agreement with PyTorch, and a folder that is whole."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from diffusionact import manifest as manifest_file
+from diffusionact.errors import BundleError, SettingsError
+from diffusionact.export import bundle, parity, to_onnx, wrap
+from diffusionact.manifest import TensorSpec
+from diffusionact.training import weights
+from diffusionact.training.models import FACE128, ReenactmentEncoder, UNet
+
+pytestmark = pytest.mark.torch
+
+TINY = dataclasses.replace(
+    FACE128,
+    image_size=32,
+    channels=8,
+    channel_mult=(1, 2),
+    encoder_mult=(1, 2),
+    attention_at=(4,),
+    embed=16,
+)
+ROUNDING = 1e-5  # float32 sums in another order, values of order 1
+
+
+def networks(own_inversion: bool = False) -> dict[str, nn.Module]:
+    """Networks without a zero parameter, so that every path of the graph counts."""
+    torch.manual_seed(0)
+    parts: dict[str, nn.Module] = {"render": UNet(TINY), "reenactment": ReenactmentEncoder(TINY)}
+    if own_inversion:
+        parts["invert"] = UNet(TINY)
+    with torch.no_grad():
+        for network in parts.values():
+            for parameter in network.parameters():
+                if not parameter.any():
+                    parameter.normal_(0, 0.05)
+    return parts
+
+
+def save_weights(folder: Path, own_inversion: bool = False) -> Path:
+    path = folder / "tiny.safetensors"
+    weights.save(path, TINY, networks(own_inversion), provenance={"recipe": "tiny"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    bundle.export_bundle(save_weights(folder), folder / "bundle")
+    return folder / "bundle"
+
+
+def graph(exported: Path, name: str) -> onnx.ModelProto:
+    return onnx.load(exported / f"{name}.onnx")
+
+
+def test_the_bundle_is_whole(exported: Path) -> None:
+    manifest = manifest_file.read(exported)
+    names = {f"{name}.onnx" for name in manifest_file.REQUIRED}
+    assert {p.name for p in exported.iterdir()} == names | {"manifest.json", "parity.json"}
+    assert list(exported.parent.glob(".part-*")) == []
+    source = exported.parent / "tiny.safetensors"
+    assert manifest.weights_sha256 == manifest_file.file_sha256(source)
+    assert manifest.training.provenance == {"recipe": "tiny"}
+    assert (manifest.image_size, manifest.z_size, manifest.prediction) == (32, 16, "v")
+
+
+def test_the_parity_table_covers_components_and_frames(exported: Path) -> None:
+    rows = json.loads((exported / "parity.json").read_text())["rows"]
+    assert [row["what"] for row in rows] == [
+        "encoder", "time", "modulation", "unet_step",
+        "render, T=20", "inversion, T=50, and render, T=20",
+    ]  # fmt: skip
+    assert all(0 <= row["mean_error"] <= row["max_error"] <= row["max_allowed"] for row in rows)
+    assert [row["max_allowed"] for row in rows[-2:]] == [2e-3, 2e-2]
+
+
+@pytest.mark.parametrize("name", manifest_file.REQUIRED)
+def test_graphs_are_static_and_carry_their_weights(exported: Path, name: str) -> None:
+    model = graph(exported, name)
+    assert [(o.domain, o.version) for o in model.opset_import if not o.domain] == [("", 21)]
+    kinds = collections.Counter(node.op_type for node in model.graph.node)
+    assert not set(kinds) & set(to_onnx.SHAPE_OPERATORS)
+    for tensor in model.graph.initializer:
+        assert tensor.data_location == TensorProto.DEFAULT
+        assert tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) <= 64
+    spec = manifest_file.read(exported).components[name]
+    for values, specs in ((model.graph.input, spec.inputs), (model.graph.output, spec.outputs)):
+        seen = [(v.name, [d.dim_param or d.dim_value for d in dims(v)]) for v in values]
+        assert seen == [(s.name, list(s.shape)) for s in specs]
+
+
+def dims(value: onnx.ValueInfoProto) -> Sequence[Any]:
+    return value.type.tensor_type.shape.dim
+
+
+@pytest.mark.parametrize("name", manifest_file.REQUIRED)
+def test_graphs_tell_nothing_of_the_machine(exported: Path, name: str) -> None:
+    content = (exported / f"{name}.onnx").read_bytes()
+    assert b".py" not in content and b"stack_trace" not in content
+
+
+def test_onnx_runtime_folds_the_casts_away(exported: Path, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "folded.onnx")
+    onnxruntime.InferenceSession(
+        str(exported / "unet_step.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    before, after = graph(exported, "unet_step"), onnx.load(tmp_path / "folded.onnx")
+    assert TensorProto.FLOAT16 in {i.data_type for i in before.graph.initializer}
+    assert TensorProto.FLOAT16 not in {i.data_type for i in after.graph.initializer}
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_any_number_of_timesteps(exported: Path, count: int) -> None:
+    manifest = manifest_file.read(exported)
+    run = parity.onnx_runner(exported, manifest)
+    loaded = weights.load(exported.parent / "tiny.safetensors")
+    unet = loaded.network("render")
+    assert isinstance(unet, UNet)
+    t, z = np.linspace(0, 999, count, dtype=np.float32), np.ones((1, 16), np.float32)
+    (rows,) = run("time", t)
+    due_rows = unet.time_rows(torch.from_numpy(t))
+    np.testing.assert_allclose(rows, due_rows, atol=ROUNDING, rtol=ROUNDING)
+    due = unet.modulation(torch.from_numpy(z), due_rows)
+    for seen, expected in zip(run("modulation", z, rows), due, strict=True):
+        np.testing.assert_allclose(seen, expected, atol=ROUNDING, rtol=ROUNDING)
+
+
+def test_the_step_answers_as_the_whole_network(exported: Path) -> None:
+    run = parity.onnx_runner(exported, manifest_file.read(exported))
+    unet = weights.load(exported.parent / "tiny.safetensors").network("render")
+    torch.manual_seed(1)
+    x, z, t = torch.randn(1, 3, 32, 32), torch.randn(1, 16), torch.tensor([400.0])
+    scale, shift = run("modulation", z.numpy(), run("time", t.numpy())[0])
+    (seen,) = run("unet_step", x.numpy(), scale, shift)
+    np.testing.assert_allclose(seen, unet(x, t, z), atol=10 * ROUNDING)
+
+
+def test_parity_sees_a_wrong_weight(exported: Path) -> None:
+    loaded = weights.load(exported.parent / "tiny.safetensors")
+    encoder, unet = loaded.network("reenactment"), loaded.network("render")
+    assert isinstance(encoder, ReenactmentEncoder) and isinstance(unet, UNet)
+    unet.position_stem[0, 0, 0, 0] += 0.5
+    rows = parity.measure(
+        exported, manifest_file.read(exported), wrap.components(encoder, unet, None)
+    )
+    failed = {row.what for row in rows if not row.passed}
+    assert {"unet_step", "render, T=20"} <= failed and "encoder" not in failed
+    assert "TOO LARGE" in parity.table(rows)
+
+
+def test_float16_storage_rounds_nothing() -> None:
+    exact = np.array([1.0, 0.5, -2.25], np.float32)
+    inexact = np.array([1.0, 0.1, 1e6], np.float32)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [3])
+    model = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("Add", ["a", "b"], ["y"])], "g", [], [y],
+            [numpy_helper.from_array(exact, "a"), numpy_helper.from_array(inexact, "b")],
+        ),
+        opset_imports=[helper.make_opsetid("", 21)], ir_version=10,
+    )  # fmt: skip
+    to_onnx.store_as_float16(model)
+    stored = {i.name: i.data_type for i in model.graph.initializer}
+    assert stored == {"a.float16": TensorProto.FLOAT16, "b": TensorProto.FLOAT}
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    np.testing.assert_array_equal(session.run(None, {})[0], exact + inexact)
+
+
+class _DataDependent(nn.Module):
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        return t / t.shape[0]
+
+
+def test_a_graph_that_computes_shapes_is_refused(tmp_path: Path) -> None:
+    t, y = TensorSpec("t", "float32", ("N",)), TensorSpec("y", "float32", ("N",))
+    with pytest.raises(RuntimeError, match="computes shapes"):
+        to_onnx.export(_DataDependent().eval(), [t], [y], tmp_path / "x.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Export without tracing: each graph is its module's name."""
+
+    def write(module: nn.Module, _inputs: object, _outputs: object, path: Path) -> None:
+        path.write_text(type(module).__name__)
+
+    monkeypatch.setattr(to_onnx, "export", write)
+    monkeypatch.setattr(parity, "measure", lambda *_: ())
+
+
+@pytest.mark.usefixtures("quick")
+def test_inversion_with_weights_of_its_own(tmp_path: Path) -> None:
+    bundle.export_bundle(save_weights(tmp_path, own_inversion=True), tmp_path / "bundle")
+    manifest = manifest_file.read(tmp_path / "bundle")
+    assert set(manifest.components) == {*manifest_file.REQUIRED, *manifest_file.OWN_INVERSION}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_bundle_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
+    source, out = save_weights(tmp_path), tmp_path / "bundle"
+    bundle.export_bundle(source, out)
+    bundle.export_bundle(source, out, dataclasses.replace(bundle.FACE128_CARD, name="second"))
+    assert manifest_file.read(out).name == "second"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "tiny.safetensors"]
+    with pytest.raises(BundleError, match="is no bundle"):
+        bundle.export_bundle(source, tmp_path)
+    assert source.is_file()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_failed_comparison_leaves_no_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = parity.Row("unet_step", 1.0, 0.1, 1e-3, 1e-4)
+    monkeypatch.setattr(parity, "measure", lambda *_: (row,))
+    source = save_weights(tmp_path)
+    with pytest.raises(BundleError, match="TOO LARGE"):
+        bundle.export_bundle(source, tmp_path / "bundle")
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.safetensors"]
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no such weights file"):
+        bundle.export_bundle(tmp_path / "absent.safetensors", tmp_path / "bundle")

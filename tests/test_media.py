@@ -1,0 +1,367 @@
+"""Readers and writers: exact times, kept sound, and nothing half-written."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import types
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from diffusionact.errors import MediaError
+from diffusionact.landmarks import Landmarks, Track
+from diffusionact.runtime import media
+from diffusionact.runtime.media import FRAME_NS, NS, open_reader, read_image, sidecar_track
+from diffusionact.runtime.writer import open_writer
+
+# 8-bit video range and 4:2:0 rounding of one flat colour, grey levels.
+COLOUR_TOLERANCE = 6
+# A beep is found in steps of this; a copied packet moves not at all.
+BEEP_STEP_S = 0.001
+# Re-encoded AAC starts with a frame of padding that players skip: 1024 samples at 48 kHz.
+AAC_FRAME_S = 1024 / 48_000
+
+UInt8Array = npt.NDArray[np.uint8]
+
+
+def grey(level: int, height: int = 48, width: int = 64) -> UInt8Array:
+    return np.full((height, width, 3), level, np.uint8)
+
+
+def write(
+    path: Path,
+    images: Sequence[UInt8Array],
+    times_ns: Sequence[int],
+    face: Landmarks,
+    **options: Any,
+) -> None:
+    with open_writer(path, **options) as writer:
+        for image, pts_ns in zip(images, times_ns, strict=True):
+            writer.write(image, pts_ns, FRAME_NS, face)
+
+
+def times_of(path: Path) -> list[int]:
+    return [frame.pts_ns for frame in open_reader(path)]
+
+
+@pytest.mark.parametrize(
+    ("content", "word"), [(None, "no such file"), (b"", "empty"), (b"no media at all" * 40, "read")]
+)
+@pytest.mark.parametrize("name", ["face.png", "clip.mp4", "motion.npz"])
+def test_what_cannot_be_read_is_named(
+    tmp_path: Path, name: str, content: bytes | None, word: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(MediaError, match=name) as caught:
+        open_reader(path)
+    assert word in str(caught.value) or "decoded" in str(caught.value)
+
+
+def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path: Path) -> None:
+    for number in (10, 9, 1):
+        cv2.imwrite(str(tmp_path / f"frame{number}.png"), grey(number))
+    frames = list(open_reader(tmp_path))
+    levels = [int(frame.image_bgr[0, 0, 0]) for frame in frames if frame.image_bgr is not None]
+    assert levels == [1, 9, 10]
+    assert [frame.pts_ns for frame in frames] == [0, FRAME_NS, 2 * FRAME_NS]
+    assert [frame.duration_ns for frame in frames] == [FRAME_NS] * 3
+
+
+def test_an_empty_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="no pictures"):
+        open_reader(tmp_path)
+
+
+def test_a_folder_keeps_its_frame_times(tmp_path: Path, face: Landmarks) -> None:
+    times = [0, 20_000_000, 90_000_001]
+    write(tmp_path / "frames", [grey(i) for i in range(3)], times, face)
+    assert times_of(tmp_path / "frames") == times
+
+
+@pytest.mark.parametrize(
+    ("time_base", "ticks"),
+    [
+        (Fraction(1, 25), range(5)),
+        (Fraction(1001, 30_000), range(5)),
+        (Fraction(1, 24_000), [0, 1001, 2002, 3003]),
+        (Fraction(1, 1000), [0, 33, 67, 100, 290, 291]),  # variable
+    ],
+)
+def test_video_times_are_exact(
+    tmp_path: Path, face: Landmarks, time_base: Fraction, ticks: Sequence[int]
+) -> None:
+    times = [round(tick * time_base * NS) for tick in ticks]
+    path = tmp_path / "clip.mp4"
+    write(path, [grey(40 * i) for i in range(len(times))], times, face, time_base=time_base)
+    assert times_of(path) == times
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.duration is not None and stream.time_base is not None
+        # the last frame lasts as long as it is told to
+        end = times[-1] + FRAME_NS
+        assert abs(stream.duration * stream.time_base * NS - end) < NS * time_base
+
+
+def test_a_file_that_starts_late_keeps_its_start(tmp_path: Path, face: Landmarks) -> None:
+    times = [33_000_000, 73_000_000, 113_000_000]
+    write(tmp_path / "clip.mp4", [grey(9)] * 3, times, face, time_base=Fraction(1, 1000))
+    assert times_of(tmp_path / "clip.mp4") == times
+    hour = [3_600_000_000_000 + pts_ns for pts_ns in times]
+    write(tmp_path / "hour.mp4", [grey(9)] * 3, hour, face, time_base=Fraction(1, 1000))
+    assert times_of(tmp_path / "hour.mp4") == [0, 40_000_000, 80_000_000]
+
+
+def test_gif_times_come_from_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "clip.gif"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("gif", rate=Fraction(25, 2))
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb8"
+        for i in range(4):
+            frame = av.VideoFrame.from_ndarray(grey(60 * i), format="bgr24")
+            container.mux(stream.encode(frame.reformat(format="rgb8")))
+        container.mux(stream.encode(None))
+    assert times_of(path) == [0, 80_000_000, 160_000_000, 240_000_000]
+
+
+def test_colours_and_odd_sizes_survive_a_video(tmp_path: Path, face: Landmarks) -> None:
+    image = np.empty((47, 63, 3), np.uint8)
+    image[:] = (40, 90, 210)
+    write(tmp_path / "clip.mp4", [image] * 3, [0, FRAME_NS, 2 * FRAME_NS], face)
+    back = next(iter(open_reader(tmp_path / "clip.mp4"))).image_bgr
+    assert back is not None
+    assert back.shape == (48, 64, 3)
+    assert np.abs(back.astype(int) - image[0, 0]).max() <= COLOUR_TOLERANCE
+
+
+def test_a_turned_phone_video_stands_upright() -> None:
+    picture = np.zeros((2, 3, 3), np.uint8)
+    picture[0, 2] = 255  # top right; a quarter turn counter-clockwise brings it to the top left
+    frame = types.SimpleNamespace(rotation=90, to_ndarray=lambda format: picture)
+    upright = media._upright(frame)
+    assert upright.shape == (3, 2, 3)
+    assert upright[0, 0, 0] == 255
+
+
+def test_a_cut_off_video_gives_what_it_has(
+    tmp_path: Path, face: Landmarks, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, (48, 64, 3)).astype(np.uint8) for _ in range(10)]
+    path = tmp_path / "clip.mp4"
+    write(path, noise, [i * FRAME_NS for i in range(10)], face)
+    path.write_bytes(path.read_bytes()[:-4000])
+    count = len(times_of(path))
+    assert 0 < count < 10
+
+
+def test_a_sound_file_is_no_video(tmp_path: Path) -> None:
+    write_sound(tmp_path / "tone.wav", "pcm_s16le", 0.1)
+    with pytest.raises(MediaError, match="no video stream"):
+        open_reader(tmp_path / "tone.wav")
+
+
+def test_a_missing_camera_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = types.SimpleNamespace(isOpened=lambda: False, release=lambda: None)
+    monkeypatch.setattr(media.cv2, "VideoCapture", lambda index: closed)
+    with pytest.raises(MediaError, match="camera 7 cannot be opened"):
+        next(iter(open_reader("7")))
+
+
+def test_a_track_round_trips_and_lies_beside_its_picture(tmp_path: Path, face: Landmarks) -> None:
+    path = tmp_path / "face.npz"
+    with open_writer(path, size=(90, 80)) as writer:
+        assert not writer.wants_pictures
+        writer.write(None, 0, FRAME_NS, face)
+        writer.write(None, 123_456_789, FRAME_NS, face)
+    frames = list(open_reader(path))
+    assert [frame.pts_ns for frame in frames] == [0, 123_456_789]
+    assert frames[1].landmarks is not None and frames[1].image_bgr is None
+    np.testing.assert_array_equal(frames[1].landmarks.points, face.points)
+    beside = sidecar_track(tmp_path / "face.png")
+    assert isinstance(beside, Track) and beside.size == (90, 80)
+    assert sidecar_track(tmp_path / "other.png") is None
+    assert sidecar_track(path) is None
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.png", "out.npz", "out"])
+def test_an_error_leaves_nothing_behind(tmp_path: Path, face: Landmarks, name: str) -> None:
+    with pytest.raises(RuntimeError), open_writer(tmp_path / name) as writer:
+        writer.write(grey(1), 0, FRAME_NS, face)
+        raise RuntimeError("rendering failed")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.png", "out.npz", "out"])
+def test_an_old_result_stays_until_the_new_one_is_whole(
+    tmp_path: Path, face: Landmarks, name: str
+) -> None:
+    target = tmp_path / name
+    if target.suffix:
+        target.write_bytes(b"old")
+    with open_writer(target) as writer:
+        writer.write(grey(1), 0, FRAME_NS, face)
+        assert not target.suffix or target.read_bytes() == b"old"
+    assert target.is_dir() or target.read_bytes() != b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_writer_without_frames_says_so(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="no frames"), open_writer(tmp_path / "out.mp4"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_holds_one_frame(tmp_path: Path, face: Landmarks) -> None:
+    with pytest.raises(MediaError, match="one frame"):
+        write(tmp_path / "out.png", [grey(1), grey(2)], [0, FRAME_NS], face)
+    write(tmp_path / "out.png", [grey(7)], [0], face)
+    assert (read_image(tmp_path / "out.png") == 7).all()
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_bytes(b"x")
+    for target, word in (
+        (tmp_path / "file" / "out.mp4", "cannot be written"),
+        (full, "not empty"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "out.xyz", "cannot write .xyz"),
+    ):
+        with pytest.raises(MediaError, match=word):
+            open_writer(target)
+
+
+def test_a_killed_process_leaves_no_result_under_the_final_name(tmp_path: Path) -> None:
+    code = """
+        import sys, time
+        import numpy as np
+        from diffusionact.landmarks import Landmarks
+        from diffusionact.runtime.writer import open_writer
+        face = Landmarks(np.zeros((68, 3), np.float32), np.zeros((2, 2), np.float32))
+        with open_writer(sys.argv[1]) as writer:
+            for i in range(100000):
+                writer.write(np.full((64, 64, 3), i % 255, np.uint8), i * 40000000, 40000000, face)
+                print(i, flush=True)
+                time.sleep(0.01)
+    """
+    target = tmp_path / "out.mp4"
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(target)],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+    )
+    assert process.stdout is not None
+    for _ in range(5):
+        process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not target.exists()
+
+
+def write_sound(path: Path, codec: str, at_s: float, video_times_ns: Sequence[int] = ()) -> None:
+    """A file with a beep of 50 ms at a time, and a flash at the video frame that shows then."""
+    rate = 48_000
+    samples = np.zeros(rate * 2, np.int16)
+    begin = round(at_s * rate)
+    wave = 12_000 * np.sin(np.arange(rate // 20) * 2 * np.pi * 1000 / rate)
+    samples[begin : begin + len(wave)] = wave.astype(np.int16)
+    with av.open(str(path), "w") as container:
+        video = None
+        if video_times_ns:
+            video = container.add_stream("libx264", rate=25, options={"bf": "0"})
+            video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+            video.time_base = video.codec_context.time_base = Fraction(1, 90_000)
+        sound = container.add_stream(codec, rate=rate)
+        sound.layout = "mono"
+        for i, pts_ns in enumerate(video_times_ns):
+            until = video_times_ns[i + 1] if i + 1 < len(video_times_ns) else pts_ns + FRAME_NS
+            flash = 250 if pts_ns <= at_s * NS < until else 20
+            frame = av.VideoFrame.from_ndarray(grey(flash), format="bgr24")
+            frame = frame.reformat(format="yuv420p")
+            frame.pts, frame.time_base = round(pts_ns * 90_000 / NS), Fraction(1, 90_000)
+            assert video is not None
+            container.mux(video.encode(frame))
+        if video is not None:
+            container.mux(video.encode(None))
+        for start in range(0, len(samples), 1024):
+            block = np.ascontiguousarray(samples[None, start : start + 1024])
+            part = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
+            part.sample_rate, part.pts = rate, start
+            part.time_base = Fraction(1, rate)
+            container.mux(sound.encode(part))
+        container.mux(sound.encode(None))
+
+
+def beep_time_s(path: Path) -> float:
+    """When the sound of a file first gets loud."""
+    with av.open(str(path)) as container:
+        resampler = av.AudioResampler(format="flt", layout="mono")
+        for frame in container.decode(audio=0):
+            for part in resampler.resample(frame):
+                loud = np.flatnonzero(np.abs(part.to_ndarray()[0]) > 0.05)
+                if len(loud) and part.pts is not None:
+                    assert part.time_base is not None
+                    return float(
+                        part.pts * part.time_base + Fraction(int(loud[0]), part.sample_rate)
+                    )
+    raise AssertionError("no beep")
+
+
+RATES = {"25": Fraction(25), "29.97": Fraction(30_000, 1001), "23.976": Fraction(24_000, 1001)}
+
+
+@pytest.mark.parametrize("rate", [*RATES, "variable"])
+@pytest.mark.parametrize(("ending", "codec"), [(".mp4", "aac"), (".mkv", "pcm_s16le")])
+def test_sound_stays_in_time_with_the_picture(
+    tmp_path: Path, face: Landmarks, rate: str, ending: str, codec: str
+) -> None:
+    if rate == "variable":
+        times = np.cumsum(np.random.default_rng(1).integers(20, 70, 40)) * 1_000_000
+        times = (times - times[0]).tolist()
+    else:
+        times = [round(i / RATES[rate] * NS) for i in range(45)]
+    driver, out = tmp_path / f"driver{ending}", tmp_path / "out.mp4"
+    write_sound(driver, codec, 1.0, times)
+    reader = open_reader(driver)
+    with open_writer(out, time_base=reader.time_base, audio_from=driver) as writer:
+        for frame in reader:
+            writer.write(frame.image_bgr, frame.pts_ns, frame.duration_ns, face)
+    assert times_of(out) == times_of(driver)
+    flashes = [f.pts_ns / NS for f in open_reader(out) if f.image_bgr is not None
+               and f.image_bgr.mean() > 128]  # fmt: skip
+    assert len(flashes) == 1
+    allowed = BEEP_STEP_S if codec == "aac" else AAC_FRAME_S
+    assert beep_time_s(out) == pytest.approx(beep_time_s(driver), abs=allowed)
+
+
+def test_a_driver_without_sound_gives_a_silent_video(tmp_path: Path, face: Landmarks) -> None:
+    driver, out = tmp_path / "driver.mp4", tmp_path / "out.mp4"
+    write(driver, [grey(9)] * 3, [0, FRAME_NS, 2 * FRAME_NS], face)
+    write(out, [grey(9)] * 3, [0, FRAME_NS, 2 * FRAME_NS], face, audio_from=driver)
+    with av.open(str(out)) as container:
+        assert not container.streams.audio
+
+
+def test_reading_holds_one_frame_at_a_time(tmp_path: Path, face: Landmarks) -> None:
+    path = tmp_path / "clip.mp4"
+    write(path, [grey(i) for i in range(30)], [i * FRAME_NS for i in range(30)], face)
+    frames = iter(open_reader(path))
+    first = next(frames)
+    begun = time.monotonic()
+    frames.close()  # type: ignore[attr-defined]
+    assert first.pts_ns == 0 and time.monotonic() - begun < 1.0

@@ -1,0 +1,152 @@
+"""Streaming: every frame of a file, the newest of a camera, and errors that end all threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from diffusionact.errors import MediaError
+from diffusionact.landmarks import Landmarks, Track
+from diffusionact.runtime.media import Frame, TrackReader
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.source import Source
+from diffusionact.runtime.stream import Slot, stream
+
+UInt8Array = npt.NDArray[np.uint8]
+GOLDEN = Path(__file__).parent / "golden"
+WAIT_S = 20.0  # for a thread that is about to end; longer means it hangs
+
+
+class Sink:
+    """Keeps the times of what it is given."""
+
+    wants_pictures = True
+
+    def __init__(self, delay_s: float = 0.0, fail_at: int = -1) -> None:
+        self.times: list[int] = []
+        self._delay_s, self._fail_at = delay_s, fail_at
+
+    def write(
+        self, image_bgr: UInt8Array | None, pts_ns: int, duration_ns: int, landmarks: Landmarks
+    ) -> None:
+        if len(self.times) == self._fail_at:
+            raise MediaError("disk full")
+        time.sleep(self._delay_s)
+        self.times.append(pts_ns)
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A face at a steady rate; the clock is the capture time."""
+
+    face: Landmarks
+    count: int
+    period_s: float
+    fail: bool = False
+    name: str = "fake camera"
+    live: bool = True
+    length: None = None
+    time_base: None = None
+
+    def __iter__(self) -> Iterator[Frame]:
+        for _ in range(self.count):
+            yield Frame(None, time.monotonic_ns(), 0, self.face)
+            time.sleep(self.period_s)
+        if self.fail:
+            raise MediaError("unplugged")
+
+
+@pytest.fixture
+def act(toy_bundle: Path) -> Iterator[Reenactor]:
+    with Reenactor.load(toy_bundle) as made:
+        yield made
+
+
+@pytest.fixture
+def source(act: Reenactor, portrait: tuple[UInt8Array, Landmarks]) -> Source:
+    return act.prepare(portrait[0], landmarks=portrait[1])
+
+
+def test_every_frame_of_a_file_arrives_in_order(act: Reenactor, source: Source) -> None:
+    track = Track.load(GOLDEN / "driver_gaps.npz")
+    sink = Sink()
+    report = stream(act, source, TrackReader("track", track), sink)
+    assert sink.times == track.pts_ns.tolist()
+    assert (report.frames, report.dropped, report.latency) == (len(track), 0, None)
+    assert {"render", "write"} <= set(report.times)
+
+
+def test_live_frames_are_dropped_rather_than_delayed(
+    act: Reenactor, source: Source, face: Landmarks
+) -> None:
+    sink = Sink(delay_s=0.05)
+    report = stream(act, source, Camera(face, 60, 0.005), sink)
+    assert report.dropped > 0
+    assert report.frames < 60
+    assert sink.times == sorted(sink.times)
+    assert report.latency is not None and report.latency.count == report.frames
+
+
+def test_stop_ends_the_stream(act: Reenactor, source: Source, face: Landmarks) -> None:
+    stop = threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    begun = time.monotonic()
+    stream(act, source, Camera(face, 1_000_000, 0.005), Sink(), stop)
+    assert time.monotonic() - begun < WAIT_S
+
+
+@pytest.mark.parametrize("where", ["reader", "sink", "render"])
+def test_an_error_anywhere_ends_all(
+    act: Reenactor,
+    source: Source,
+    face: Landmarks,
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> None:
+        raise MediaError("no render")
+
+    count = 5 if where == "reader" else 1_000_000
+    camera = Camera(face, count, 0.002, fail=where == "reader")
+    sink = Sink(fail_at=2 if where == "sink" else -1)
+    if where == "render":
+        monkeypatch.setattr(act, "reenact", broken)
+    before = threading.active_count()
+    with pytest.raises(MediaError, match={"reader": "unplugged", "sink": "disk full"}.get(where)):
+        stream(act, source, camera, sink)
+    assert threading.active_count() == before
+
+
+def test_a_slot_keeps_the_newest_or_waits() -> None:
+    newest: Slot[int] = Slot(newest_wins=True)
+    for i in range(3):
+        assert newest.put(i)
+    assert (newest.get(), newest.dropped) == (2, 2)
+    patient: Slot[int] = Slot(newest_wins=False)
+    got: list[int | None] = []
+    taker = threading.Thread(target=lambda: got.extend(iter(patient.get, None)))
+    taker.start()
+    assert all(patient.put(i) for i in range(50))
+    patient.close()
+    taker.join(WAIT_S)
+    assert got == list(range(50))
+    assert not patient.put(51)
