@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -95,12 +95,16 @@ def _bare_manifest(
         crop=card.crop,
         drawing=card.drawing,
         landmark_layout="ibug68+gaze2",
-        training=replace(card.training, provenance=dict(weights.provenance)),
+        training=replace(card.training, provenance=_flat(weights.provenance)),
         licence=card.licence,
         weights_sha256=weights_sha256,
         components={},
         student_of=card.student_of,
     )
+
+
+def _flat(provenance: Mapping[str, Any]) -> dict[str, str | int | float]:
+    return {k: v if type(v) in (str, int, float) else json.dumps(v) for k, v in provenance.items()}
 
 
 def _write_components(folder: Path, bare: Manifest, modules: Mapping[str, nn.Module]) -> Manifest:

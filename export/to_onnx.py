@@ -71,17 +71,19 @@ def trace(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """PyTorch warns of its own deprecated calls, and that torchvision, which is not used, is not
-    installed."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """PyTorch warns of its own deprecated calls and of torchvision, which is not used; the
+    optimiser of the graph reports every constant."""
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def strip(model: onnx.ModelProto) -> None:

@@ -39,7 +39,8 @@ class Expression(Protocol):
 class ModelExpression:
     """Coefficients of a face model's expressions, each held in its range."""
 
-    def __init__(self, face: Morphable) -> None:
+    def __init__(self, face: Morphable, source_points: FloatArray) -> None:
+        """source_points: [68,3], the portrait unposed, head units."""
         basis = np.stack([face.landmarks(row) for row in face.expression_basis])
         moves = np.abs(basis[:, EXPRESSIVE]).max(axis=(1, 2))
         self._basis = basis[moves > 0.1 * moves.max()]  # without blinks
@@ -49,13 +50,15 @@ class ModelExpression:
         identity = np.stack([face.landmarks(row) for row in face.identity_basis])
         self._mean = face.landmarks(face.template)
         self._identity_rows = identity.reshape(len(identity), -1)
+        # A portrait that smiles has that much less smile left.
+        self._most = COEFFICIENT_RANGE[1] - self._worn(source_points)
 
     def fit(self, offsets: FloatArray, mouth_scale: float) -> FloatArray:
         """Coefficients that come nearest to the offsets. Source: DiffusionAct, Eq. 7, solved by
         coordinate descent within the bounds."""
         scaled = offsets.copy()
         scaled[MOUTH] *= mouth_scale
-        return _bounded_least_squares(self._gram, self._rows @ _weighed(scaled))
+        return _bounded_least_squares(self._gram, self._rows @ _weighed(scaled), self._most)
 
     def offsets(self, numbers: FloatArray) -> FloatArray:
         """What the coefficients do to the 68 points."""
@@ -64,13 +67,14 @@ class ModelExpression:
     def without_expression(self, points: FloatArray) -> FloatArray:
         """The face with its expression taken out, [68,3], where no neutral frame is known: what
         identity explains stays, what only expression explains goes."""
-        flat = self._basis.reshape(self.size, -1)
-        both = np.concatenate([self._identity_rows, flat])
-        ridge = np.full(len(both), IDENTITY_RIDGE)
-        gram = both @ both.T + np.diag(ridge)
-        numbers = np.linalg.solve(gram, both @ (points - self._mean).ravel())
-        sure = np.clip((numbers[-self.size :] - DOUBT) / (1.0 - DOUBT), 0.0, 1.0)
-        return np.asarray(points - self.offsets(sure), np.float64)
+        return np.asarray(points - self.offsets(self._worn(points)), np.float64)
+
+    def _worn(self, points: FloatArray) -> FloatArray:
+        """The coefficients of the expression that a face surely wears, 0..1."""
+        both = np.concatenate([self._identity_rows, self._basis.reshape(self.size, -1)])
+        gram = both @ both.T + IDENTITY_RIDGE * np.eye(len(both))
+        numbers = np.linalg.solve(gram, both @ (points - self._mean).ravel())[-self.size :]
+        return np.asarray(np.clip((numbers - DOUBT) / (1.0 - DOUBT), 0.0, 1.0))
 
 
 class FreeExpression:
@@ -101,16 +105,16 @@ def _weighed(offsets: FloatArray) -> FloatArray:
     return np.concatenate([(offsets[EXPRESSIVE] * WEIGHTS[:, None]).ravel(), parting])
 
 
-def _bounded_least_squares(gram: FloatArray, right: FloatArray) -> FloatArray:
+def _bounded_least_squares(gram: FloatArray, right: FloatArray, most: FloatArray) -> FloatArray:
     """Coordinate descent from the clipped free solution; the order of the sweeps is fixed."""
-    low, high = COEFFICIENT_RANGE
-    start = np.clip(np.linalg.solve(gram, right), low, high)
+    low, highest = COEFFICIENT_RANGE[0], most.tolist()
+    start = np.clip(np.linalg.solve(gram, right), low, most)
     # Lists: at this size NumPy's calls cost more than the arithmetic.
     numbers, rows = start.tolist(), gram.tolist()
     residual = (right - gram @ start).tolist()
     for _ in range(SWEEPS):
         for i, row in enumerate(rows):
-            moved = min(max(numbers[i] + residual[i] / row[i], low), high)
+            moved = min(max(numbers[i] + residual[i] / row[i], low), highest[i])
             step, numbers[i] = moved - numbers[i], moved
             if step:
                 residual = [r - step * g for r, g in zip(residual, row, strict=True)]

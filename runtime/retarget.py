@@ -91,8 +91,12 @@ class Retargeter:
         face = face or rendered_face()
         self._mean = np.asarray(face.landmarks(face.template), np.float64)
         model = self.settings.expression == "model"
-        self._expression: Expression = ModelExpression(face) if model else FreeExpression()
         self._source = take_apart(source, self._mean)
+        self._expression: Expression = (
+            ModelExpression(face, self._source.points) if model else FreeExpression()
+        )
+        at_rest = self._expression.without_expression(self._source.points)
+        self._mouth_width = mouth_width(at_rest)
         self._angles_deg = np.asarray(angles(self._source.rotation), np.float64)
         self._limit_deg = np.maximum(
             self.settings.pose_range_deg, np.abs(self._angles_deg) / SOFT_FROM
@@ -182,7 +186,7 @@ class Retargeter:
         turned = angles(head.rotation) - angles(neutral.rotation)
         if self.settings.absolute_pose:
             turned = angles(head.rotation) - self._angles_deg
-        mouth_scale = mouth_width(self._source.points) / mouth_width(neutral.points)
+        mouth_scale = self._mouth_width / mouth_width(neutral.points)
         motion = np.empty_like(self._rest)
         motion[TURN] = turned
         shift = (head.at(NECK_PIVOT) - neutral.at(NECK_PIVOT))[:2] / neutral.scale

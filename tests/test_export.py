@@ -54,7 +54,9 @@ def networks(own_inversion: bool = False) -> dict[str, nn.Module]:
 
 def save_weights(folder: Path, own_inversion: bool = False) -> Path:
     path = folder / "tiny.safetensors"
-    weights.save(path, TINY, networks(own_inversion), provenance={"recipe": "tiny"})
+    weights.save(
+        path, TINY, networks(own_inversion), provenance={"recipe": "tiny", "stages": [1, 2]}
+    )
     return path
 
 
@@ -76,7 +78,7 @@ def test_the_bundle_is_whole(exported: Path) -> None:
     assert list(exported.parent.glob(".part-*")) == []
     source = exported.parent / "tiny.safetensors"
     assert manifest.weights_sha256 == manifest_file.file_sha256(source)
-    assert manifest.training.provenance == {"recipe": "tiny"}
+    assert manifest.training.provenance == {"recipe": "tiny", "stages": "[1, 2]"}
     assert (manifest.image_size, manifest.z_size, manifest.prediction) == (32, 16, "v")
 
 

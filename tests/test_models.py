@@ -29,7 +29,7 @@ from diffusionact.training.models import (
     SemanticEncoder,
     UNet,
 )
-from diffusionact.training.models.blocks import group_count
+from diffusionact.training.models.blocks import group_count, resample
 from tests.golden import rule
 
 pytestmark = pytest.mark.torch
@@ -347,6 +347,16 @@ def test_gradients_reach_every_parameter() -> None:
     network = random_network(TINY).requires_grad_(True)
     network(torch.randn(2, 3, 32, 32), torch.tensor([3, 700]), torch.randn(2, 16)).sum().backward()
     assert [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_the_gradient_of_upsampling_is_that_of_pytorch() -> None:
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    weight = torch.randn(2, 3, 8, 8)
+    gradients = [
+        torch.autograd.grad((up * weight).sum(), x)[0]
+        for up in (resample(x, "up"), nn.functional.interpolate(x, scale_factor=2.0))
+    ]
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize(

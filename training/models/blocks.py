@@ -70,14 +70,16 @@ class _Up(torch.autograd.Function):
         return _doubled(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return 4 * F.avg_pool2d(grad, 2)
 
 
 def resample(x: Tensor, kind: Resample) -> Tensor:
     """x [N,C,H,W] at twice the side (nearest), half the side (2x2 mean), or as it is."""
     if kind == "up":
-        return cast(Tensor, _Up.apply(x)) if torch.is_grad_enabled() else _doubled(x)
+        if torch.is_grad_enabled():
+            return cast(Tensor, _Up.apply(x))  # type: ignore[no-untyped-call]
+        return _doubled(x)
     if kind == "down":
         return F.avg_pool2d(x, 2)
     return x

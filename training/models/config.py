@@ -88,7 +88,7 @@ FACE128 = NetworkConfig(
     attention_at=(8,),
     embed=256,
     block_size=4,
-    prediction="v",
+    prediction="x0",
     positions=True,
 )
 PRESETS: Mapping[str, NetworkConfig] = {
