@@ -68,7 +68,9 @@ def accessories(
 
 def _ellipsoid(centre: Points, radii: Points, rows: int = 12, columns: int = 20) -> Points:
     polar, around = np.meshgrid(
-        np.linspace(0, np.pi, rows), np.linspace(0, 2 * np.pi, columns, endpoint=False), indexing="ij"
+        np.linspace(0, np.pi, rows),
+        np.linspace(0, 2 * np.pi, columns, endpoint=False),
+        indexing="ij",
     )
     unit = np.stack(
         [np.sin(polar) * np.sin(around), -np.cos(polar), -np.sin(polar) * np.cos(around)], -1
@@ -86,7 +88,7 @@ def _ear(side: int) -> Accessory:
 def _neck() -> Accessory:
     y = np.linspace(0.7, 2.6, 14)[:, None]
     around = np.linspace(0, 2 * np.pi, 32, endpoint=False)[None]
-    wide = 0.52 + 0.22 * ramp(y, 1.5, 2.3)
+    wide = 0.52 + 0.05 * ramp(y, 1.5, 2.3)
     grid = np.stack(
         np.broadcast_arrays(wide * np.sin(around), y, 0.38 - 0.95 * wide * np.cos(around)), -1
     )
@@ -144,7 +146,9 @@ def _hair(style: str, form: NDArray[np.float32], rng: np.random.Generator) -> li
     jag = np.interp(np.arange(columns), np.arange(0, columns, 2), rng.normal(0, 1, columns // 2))
     ends = ends - 0.12 * line * facing + lowered + jag * (0.012 + 0.02 * (fringe > 0))
     if edge != "cropped":
-        ends = ends + ramp(degrees, 55, 75) * (length - 0.5) * 0.7 + jag * 0.03 * ramp(degrees, 60, 75)
+        ends = (
+            ends + ramp(degrees, 55, 75) * (length - 0.5) * 0.7 + jag * 0.03 * ramp(degrees, 60, 75)
+        )
     share = np.linspace(0, 1, rows)[:, None] ** 0.9
     y = -1.497 + share * (ends[None] + 1.497)
     base = skull(np.broadcast_to(around, y.shape), np.minimum(y, 0.12))
