@@ -31,11 +31,11 @@ def main() -> None:
     parser.add_argument("video", type=Path)
     parser.add_argument("picture", type=Path)
     arguments = parser.parse_args()
-    first, *rest = (pictures := frames(arguments.video))[0]
+    (first, *rest), ms = frames(arguments.video)
     arguments.picture.parent.mkdir(parents=True, exist_ok=True)
     part = arguments.picture.with_name(f".part-{arguments.picture.name}")
     first.save(
-        part, "WEBP", save_all=True, append_images=rest, duration=round(pictures[1]), loop=0,
+        part, "WEBP", save_all=True, append_images=rest, duration=round(ms), loop=0,
         quality=QUALITY, method=6,
     )  # fmt: skip
     os.replace(part, arguments.picture)

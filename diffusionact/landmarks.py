@@ -182,9 +182,9 @@ def crop_matrix(
 ) -> npt.NDArray[np.float64]:
     """Return the face crop as a similarity [2,3], image px -> crop px.
 
-    points: [68,>=2], px. Half the side is scale * max(2 eye distances, 1.8 eyes-to-mouth); the centre
-    lies a tenth of the way from the eyes to the mouth. `rotate` levels the eyes, as published;
-    without it the crop stays upright, so that the head's roll remains in the picture.
+    points: [68,>=2], px. Half the side is scale * max(2 eye distances, 1.8 eyes-to-mouth);
+    the centre lies a tenth of the way from the eyes to the mouth. `rotate` levels the eyes, as
+    published; without it the crop stays upright, so that the head's roll stays in the picture.
 
     Raises: NoFace when the points span no face. Source: FFHQ alignment (Karras et al. 2019).
     """

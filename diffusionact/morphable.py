@@ -83,9 +83,7 @@ def rotation(angles_deg: Array) -> Array:
     """
     xp = _namespace(angles_deg)
     radians = angles_deg * (np.pi / 180)
-    (cy, cp, cr), (sy, sp, sr) = (
-        [f(radians[..., i]) for i in range(3)] for f in (xp.cos, xp.sin)
-    )
+    (cy, cp, cr), (sy, sp, sr) = ([f(radians[..., i]) for i in range(3)] for f in (xp.cos, xp.sin))
     rows = (
         (cr * cy, cr * sy * -sp - sr * cp, cr * -sy * cp - sr * -sp),
         (sr * cy, sr * sy * -sp + cr * cp, sr * -sy * cp + cr * -sp),

@@ -65,7 +65,7 @@ class Step(nn.Module):
 def components(
     encoder: ReenactmentEncoder, render: UNet, invert: UNet | None
 ) -> dict[str, nn.Module]:
-    """Component name -> module, in evaluation mode; `invert` where inversion has its own weights."""
+    """Component name -> module, in evaluation mode; `invert` if inversion has its own weights."""
     modules: dict[str, nn.Module] = {"encoder": Encoder(encoder)}
     for suffix, unet in (("", render), ("_invert", invert)):
         if unet is not None:

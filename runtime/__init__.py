@@ -1,1 +1,1 @@
-"""Frames in, frames out: ONNX Runtime, NumPy and OpenCV; never torch. See diffusionact.Reenactor."""
+"""Frames in, frames out: ONNX Runtime, NumPy and OpenCV, never torch."""

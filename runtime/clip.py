@@ -99,7 +99,7 @@ def run_clip(
 
 
 def prepare_portrait(act: Reenactor, portrait: PathLike, face: int | None = None) -> Source:
-    """Return the source of a picture file; its landmarks from a track beside it, if there is one."""
+    """Return the source of a picture file; its landmarks from a track beside it, if there."""
     image = read_image(portrait)
     known = sidecar_track(portrait) if face is None else None
     return act.prepare(image, face, known[0] if known is not None else None)

@@ -119,7 +119,8 @@ class Loop:
     def encode(self, image: Float32Array, condition: Float32Array) -> Float32Array:
         """Return the semantic code z, float32 [1,Z]; valid until the next call.
 
-        image, condition: float32 [1,3,S,S] in [-1, 1], RGB. Source: DiffusionAct, reenactment encoder.
+        image, condition: float32 [1,3,S,S] in [-1, 1], RGB.
+        Source: DiffusionAct, the reenactment encoder.
         """
         np.copyto(self._image, image)
         np.copyto(self._condition, condition)

@@ -79,7 +79,7 @@ def test_the_bundle_is_whole(exported: Path) -> None:
     source = exported.parent / "tiny.safetensors"
     assert manifest.weights_sha256 == manifest_file.file_sha256(source)
     assert manifest.training.provenance == {"recipe": "tiny", "stages": "[1, 2]"}
-    assert (manifest.image_size, manifest.z_size, manifest.prediction) == (32, 16, "v")
+    assert (manifest.image_size, manifest.z_size, manifest.prediction) == (32, 16, TINY.prediction)
 
 
 def test_the_parity_table_covers_components_and_frames(exported: Path) -> None:

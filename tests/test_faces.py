@@ -68,7 +68,8 @@ def test_a_seed_is_a_picture() -> None:
 def test_a_prepared_scene_renders_the_same() -> None:
     who = person()
     assert np.array_equal(
-        render(scene(who), motion((20, 5, 0)), CAMERA).image, render(who, motion((20, 5, 0)), CAMERA).image
+        render(scene(who), motion((20, 5, 0)), CAMERA).image,
+        render(who, motion((20, 5, 0)), CAMERA).image,
     )
 
 

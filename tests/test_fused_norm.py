@@ -28,7 +28,9 @@ def reference(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torc
     return F.silu(n * scale[:, :, None, None] + shift[:, :, None, None])
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)]
+)
 def test_values_and_gradients(dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 16, 5, 7, generator=generator).to(dtype).requires_grad_()

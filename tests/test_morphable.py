@@ -17,7 +17,11 @@ def tiny_model(seed: int = 0) -> Morphable:
     vertices = rng.integers(0, 9, (68, 3))
     weights = rng.dirichlet(np.ones(3), 68)
     return Morphable(
-        rng.normal(size=(9, 3)), rng.normal(size=(4, 9, 3)), rng.normal(size=(5, 9, 3)), vertices, weights
+        rng.normal(size=(9, 3)),
+        rng.normal(size=(4, 9, 3)),
+        rng.normal(size=(5, 9, 3)),
+        vertices,
+        weights,
     )
 
 
@@ -41,9 +45,7 @@ def test_shape_is_linear_in_both_bases() -> None:
     model = tiny_model()
     a, b = np.arange(4.0), np.arange(5.0)
     zero_a, zero_b = np.zeros(4), np.zeros(5)
-    sum_of_parts = (
-        model.shape(a, zero_b) + model.shape(zero_a, b) - model.shape(zero_a, zero_b)
-    )
+    sum_of_parts = model.shape(a, zero_b) + model.shape(zero_a, b) - model.shape(zero_a, zero_b)
     assert np.allclose(model.shape(a, b), sum_of_parts, atol=EXACT)
     by_hand = model.template + np.tensordot(a, model.identity_basis, 1)
     assert np.allclose(model.shape(a, zero_b), by_hand, atol=EXACT)
@@ -58,7 +60,9 @@ def test_pose_keeps_distances_and_moves_the_pivot_by_the_translation() -> None:
     moved = pose(points, rotation(np.array([20.0, -10, 5])), pivot, shift)
     before = np.linalg.norm(points[:, None] - points, axis=-1)
     assert np.allclose(np.linalg.norm(moved[:, None] - moved, axis=-1), before, atol=EXACT)
-    assert np.allclose(pose(pivot[None], rotation(np.array([20.0, -10, 5])), pivot, shift)[0], pivot + shift)
+    assert np.allclose(
+        pose(pivot[None], rotation(np.array([20.0, -10, 5])), pivot, shift)[0], pivot + shift
+    )
 
 
 def test_projection_scales_depth_too() -> None:
@@ -94,9 +98,9 @@ def test_shipped_landmark_model_is_the_dense_face() -> None:
     rng = np.random.default_rng(3)
     identity, expression = rng.normal(size=len(IDENTITY)), rng.random(len(EXPRESSION))
     wanted = dense.landmarks(dense.shape(identity, expression))
-    assert np.abs(shipped.landmarks(shipped.shape(identity, expression)) - wanted).max() < FLOAT32, (
-        "the shape changed: run `python -m diffusionact.training.assets`"
-    )
+    assert (
+        np.abs(shipped.landmarks(shipped.shape(identity, expression)) - wanted).max() < FLOAT32
+    ), "the shape changed: run `python -m diffusionact.training.assets`"
 
 
 def test_a_package_without_its_data_file_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # type: ignore[no-untyped-def]

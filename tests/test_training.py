@@ -275,7 +275,9 @@ def test_the_reenactment_encoder_starts_as_the_averaged_encoder(
 def test_training_lowers_the_error_on_what_it_sees(recipe_path: Path, tmp_path: Path) -> None:
     run = trainer(recipe_path, tmp_path / "run")
     stage = replace(plain_stage(), images=4 * 60, lr=3e-3)
-    run.recipe = replace(run.recipe, stages=(stage,), loop=LoopRecipe(log_every_steps=10, fused_norm=False))
+    run.recipe = replace(
+        run.recipe, stages=(stage,), loop=LoopRecipe(log_every_steps=10, fused_norm=False)
+    )
     run.run()
     lines = (tmp_path / "run" / "curves.jsonl").read_text().splitlines()
     curve = [json.loads(line) for line in lines if "denoising" in line]

@@ -75,7 +75,7 @@ def _ellipsoid(centre: Points, radii: Points, rows: int = 12, columns: int = 20)
     unit = np.stack(
         [np.sin(polar) * np.sin(around), -np.cos(polar), -np.sin(polar) * np.cos(around)], -1
     )
-    return np.asarray(centre) + unit * np.asarray(radii)
+    return np.asarray(centre + unit * radii, np.float64)
 
 
 def _ear(side: int) -> Accessory:

@@ -29,7 +29,16 @@ from diffusionact.training.faces import (
 )
 
 PORTRAIT_SEED, DRIVER_SEED = 7_000, 7_100  # streams no pool uses
-PORTRAITS = {"ada": 23, "bruno": 25, "chidi": 12, "dede": 18, "elif": 24, "goro": 30, "hana": 32, "iris": 4}
+PORTRAITS = {
+    "ada": 23,
+    "bruno": 25,
+    "chidi": 12,
+    "dede": 18,
+    "elif": 24,
+    "goro": 30,
+    "hana": 32,
+    "iris": 4,
+}
 PORTRAIT_PX, DRIVER_PX = 384, 320
 PORTRAIT_CAMERA = Camera(4.4, np.array([0.0, 0.22], np.float32))
 FRAMES, FPS = 100, 25

@@ -141,7 +141,7 @@ def _check_request(path: Path, request: dict[str, int]) -> None:
         raise SettingsError(f"{path.parent} holds {seen}, wanted {request}; remove it or rename")
 
 
-def _prepare(partial: Path, request: dict[str, int]) -> npt.NDArray[np.uint8]:
+def _prepare(partial: Path, request: dict[str, int]) -> np.memmap[Any, np.dtype[np.uint8]]:
     """Returns the map of finished identities, after making the arrays where they are missing."""
     if (partial / "request.json").exists():
         _check_request(partial / "request.json", request)
@@ -163,7 +163,7 @@ def _frame(identity: int, seed: int, frames: int, size: int) -> list[dict[str, n
     rng = np.random.default_rng((seed, identity))
     person = faces.scene(faces.sample_identity(rng))
     camera = faces.sample_camera(rng)
-    rows = []
+    rows: list[dict[str, npt.NDArray[Any]]] = []
     for _ in range(frames):
         picture = faces.render(person, faces.sample_motion(rng), camera, size=size)
         rows.append({

@@ -206,9 +206,11 @@ def _eye_parts(side: int) -> list[Part]:
     closing = fall * (1 - down) + rise * down
     squint = 0.2 * (lower - upper) * (1 - down) + 0.22 * (upper - lower) * down
     parts = [Part(SCLERA, white, uv, {blink: closing, "squint": squint}, side)]
-    crease2 = upper2 + np.stack(
-        [0.02 * np.linspace(-1, 1, letter), -0.075 * np.ones(letter)], -1
-    ) * np.sqrt(np.clip(1 - np.linspace(-1, 1, letter) ** 2, 0, 1))[:, None]
+    crease2 = (
+        upper2
+        + np.stack([0.02 * np.linspace(-1, 1, letter), -0.075 * np.ones(letter)], -1)
+        * np.sqrt(np.clip(1 - np.linspace(-1, 1, letter) ** 2, 0, 1))[:, None]
+    )
     crease = on_skin(crease2[:, 0], crease2[:, 1], 0.045)
     lid, uv = _strip(crease, upper + [0, 0, -0.012], 4)
     down = uv[..., 1:]
@@ -275,13 +277,14 @@ def _mouth_own(u: Points, upper: Points, lower: Points) -> dict[str, Points]:
 
 def _mouth_parts() -> list[Part]:
     count = 21
-    top, seam_up, seam_down, bottom = (
-        on_skin(c[:, 0], c[:, 1], 0.02) for c in _lip_curves(count)
-    )
+    top, seam_up, seam_down, bottom = (on_skin(c[:, 0], c[:, 1], 0.02) for c in _lip_curves(count))
     mid_up = (top + seam_up) / 2 - [0, 0, 0.05]
     mid_down = (bottom + seam_down) / 2 - [0, 0, 0.065]
     parts = []
-    for curves, edges in (((top, mid_up, seam_up), "upper"), ((seam_down, mid_down, bottom), "lower")):
+    for curves, edges in (
+        ((top, mid_up, seam_up), "upper"),
+        ((seam_down, mid_down, bottom), "lower"),
+    ):
         halves = [_strip(curves[0], curves[1], 3)[0][:-1], _strip(curves[1], curves[2], 3)[0]]
         grid = np.concatenate(halves)
         rows = np.linspace(0, 1, len(grid))[:, None] * np.ones((1, count))
@@ -299,7 +302,9 @@ def _mouth_parts() -> list[Part]:
 def _skin_part() -> Part:
     front = np.linspace(-1, 1, 63)
     azimuth = np.concatenate([1.75 * front, np.linspace(1.75, 2 * np.pi - 1.75, 19)[1:]])
-    rows = np.concatenate([[-1.5, -1.48, -1.44], np.linspace(-1.38, 1.38, 58), [1.42, 1.45, 1.475, 1.49]])
+    rows = np.concatenate(
+        [[-1.5, -1.48, -1.44], np.linspace(-1.38, 1.38, 58), [1.42, 1.45, 1.475, 1.49]]
+    )
     grid = skin(azimuth[None], rows[:, None])
     return Part(SKIN, grid, np.stack(np.broadcast_arrays(azimuth[None], rows[:, None]), -1), {})
 
@@ -340,7 +345,8 @@ def identity_field(p: Points) -> Points:
         "brow_tilt": _move(brows, y=-0.12 * local_x * np.sign(x)),
         "mouth_width": _move(mouth, x=0.15 * x),
         "mouth_height": _move(mouth, y=0.045),
-        "lip_fullness": _move(_bump(p, 0, MOUTH_Y, 0.45, 0.17) * front, y=0.32 * (y - MOUTH_Y - 0.012),
+        "lip_fullness": _move(_bump(p, 0, MOUTH_Y, 0.45, 0.17) * front,
+                              y=0.32 * (y - MOUTH_Y - 0.012),
                               z=-0.02),
     }  # fmt: skip
     return np.stack([fields[name] for name in IDENTITY])
@@ -360,7 +366,8 @@ def expression_field(p: Points) -> Points:
     lower_lid = _pair(p, EYE_X, 0.15, 0.25, 0.09) * front
     zero = np.zeros((*x.shape, 3))
     fields = {
-        "jaw_open": _move(jaw, x=-0.05 * x, y=0.36, z=0.10) + _move(corners, x=-0.04 * side, y=0.06),
+        "jaw_open": _move(jaw, x=-0.05 * x, y=0.36, z=0.10)
+        + _move(corners, x=-0.04 * side, y=0.06),
         "smile": _move(corners, x=0.13 * side, y=-0.14, z=0.03)
         + _move(cheeks, y=-0.07, z=-0.06)
         + _move(lower_lid, y=-0.025),
@@ -456,15 +463,15 @@ def face_shape() -> FaceShape:
         np.eye(3)[np.zeros(68, int)],
     )
     triangles = [
-        grid_triangles(*part.points.shape[:2], int(start), wrap=False)
+        grid_triangles(part.points.shape[0], part.points.shape[1], int(start))
         for part, start in zip(parts, starts, strict=False)
     ]
 
     def spread(values: list[int]) -> NDArray[np.int32]:
         lengths = [len(f) for f in flat[: len(parts)]]
-        return np.concatenate(
-            [np.repeat(np.array(values), lengths), np.zeros(70, int)]
-        ).astype(np.int32)
+        return np.concatenate([np.repeat(np.array(values), lengths), np.zeros(70, int)]).astype(
+            np.int32
+        )
 
     uv = np.concatenate([part.uv.reshape(-1, 2) for part in parts] + [np.zeros((70, 2))])
     return FaceShape(

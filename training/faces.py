@@ -134,7 +134,7 @@ def _tone(rng: np.random.Generator, tones: NDArray[np.float64], jitter: float) -
     at = rng.uniform(0, len(tones) - 1)
     i = int(at)
     mixed = tones[i] * (1 - at + i) + tones[min(i + 1, len(tones) - 1)] * (at - i)
-    return np.clip(mixed * rng.normal(1, jitter, 3), 0.02, 0.97).astype(np.float32)
+    return np.asarray(np.clip(mixed * rng.normal(1, jitter, 3), 0.02, 0.97), np.float32)
 
 
 def _vivid(rng: np.random.Generator, saturation: tuple[float, float] = (0.15, 0.75)) -> Vector:
@@ -265,7 +265,9 @@ def _linear(srgb: Vector) -> Vector:
 
 def _look(identity: Identity, iris: NDArray[np.float64], hairline: float) -> raster.Look:
     azimuth, height = np.deg2rad(identity.light_deg)
-    light = _f32(np.sin(azimuth) * np.cos(height), -np.sin(height), -np.cos(azimuth) * np.cos(height))
+    light = _f32(
+        np.sin(azimuth) * np.cos(height), -np.sin(height), -np.cos(azimuth) * np.cos(height)
+    )
     key, sky, ground = identity.light
     skin, hair = _linear(identity.skin), _linear(identity.hair)
     return raster.Look(
@@ -343,7 +345,9 @@ def scene(identity: Identity) -> _Scene:
     parts = accessories(HAIR_STYLES[identity.style], identity.hair_shape, identity.glasses,
                         identity.neckline, identity.seed)  # fmt: skip
     shaped = tuple(
-        part if part.fixed else part.moved(np.tensordot(identity.shape, identity_field(part.points), 1))
+        part
+        if part.fixed
+        else part.moved(np.tensordot(identity.shape, identity_field(part.points), 1))
         for part in parts
     )
     hairline = -2.0 if HAIR_STYLES[identity.style] == "bald" else _hairline(identity)
@@ -400,8 +404,8 @@ def render(
         count += len(local)
     offset = _iris_offsets(motion)
     eye = np.zeros((count, 2))
-    for flank, vertex in zip((-1, 1), shape.iris, strict=True):
-        rows = np.flatnonzero(shape.side == flank)
+    for which, vertex in zip((-1, 1), shape.iris, strict=True):
+        rows = np.flatnonzero(shape.side == which)
         eye[rows] = head[rows, :2] - stage.template[vertex, :2]
     all_points = np.concatenate(points)
     faces = np.concatenate(triangles)
@@ -413,7 +417,8 @@ def render(
     kind = np.full((side, side, 2), raster.EMPTY, np.uint8)
     raster.rasterize(
         _pixels(all_points, camera, side).astype(np.float32), faces, attributes,
-        np.concatenate(materials).astype(np.uint8), np.concatenate(sides).astype(np.int8), pixels, kind,
+        np.concatenate(materials).astype(np.uint8), np.concatenate(sides).astype(np.int8),
+        pixels, kind,
     )  # fmt: skip
     canvas = _backdrop(who, side)
     look = _look(who, np.stack([offset, offset]), stage.hairline)
@@ -421,7 +426,9 @@ def render(
     opening = float(landmarks68[66, 1] - landmarks68[62, 1])
     raster.shade(pixels, kind, look, max(opening, 0.0), canvas)
     gaze = stage.template[shape.iris] + [*offset, 0.0]
-    truth = _pixels(pose(np.concatenate([landmarks68, gaze]), turn, NECK_PIVOT, shift), camera, size)
+    truth = _pixels(
+        pose(np.concatenate([landmarks68, gaze]), turn, NECK_PIVOT, shift), camera, size
+    )
     return Rendering(
         image=_develop(canvas, size),
         landmarks=Landmarks(truth[:68].astype(np.float32), truth[68:, :2].astype(np.float32)),

@@ -78,9 +78,7 @@ class Trainer:
         self.pool = Pool.open(recipe.pool.folder)
         self.identities = self.pool.identities - recipe.pool.held_out
         self.state = State(recipe, _statistics(self.pool, self.identities), device)
-        self.pairs = held_out_pairs(
-            self.pool, recipe.pool.held_out, recipe.loop.evaluation_pairs
-        )
+        self.pairs = held_out_pairs(self.pool, recipe.pool.held_out, recipe.loop.evaluation_pairs)
         self.stop = False
         self._optimizer_state: dict[str, Any] | None = None
         folder.mkdir(parents=True, exist_ok=True)

@@ -93,14 +93,15 @@ class Heads(nn.Module):
     def loss(self, z: Tensor, values: Tensor) -> Tensor:
         """Returns the weighted L1 error per sample: float32 [B]. values: float32 [B,K]."""
         wanted = (values - self.mean) * self.scale
-        return ((self.linear(z).float() - wanted).abs() * self.weight).sum(dim=1)
+        error: Tensor = (self.linear(z).float() - wanted).abs()
+        return (error * self.weight).sum(dim=1)
 
 
 def group_weights(sizes: Sequence[int]) -> F32:
     """Returns one weight per value: float32 [K], summing to 1."""
     rows = [np.full(n, w / n) for n, w in zip(sizes, GROUP_WEIGHTS, strict=True)]
     weights = np.concatenate(rows)
-    return (weights / weights.sum()).astype(np.float32)
+    return np.asarray(weights / weights.sum(), np.float32)
 
 
 def code_distance(z: Tensor, wanted: Tensor, deviation: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ every pose: no part is drawn over another by order.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +51,7 @@ class Look(NamedTuple):
     seed: float
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def vertex_normals(points: Any, triangles: Any) -> Any:
     """Unit normals towards the viewer's side of each surface, float32 [V, 3]."""
     normals = np.zeros(points.shape, np.float32)
@@ -74,7 +75,7 @@ def vertex_normals(points: Any, triangles: Any) -> Any:
     return normals
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def rasterize(
     points: Any, triangles: Any, attributes: Any, material: Any, side: Any, pixels: Any, kind: Any
 ) -> None:
@@ -116,15 +117,17 @@ def rasterize(
                     )
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def _hash(x: float, y: float) -> float:
-    h = np.uint32(np.int32(x)) * np.uint32(0x9E3779B1) ^ np.uint32(np.int32(y)) * np.uint32(0x85EBCA77)
+    h = np.uint32(np.int32(x)) * np.uint32(0x9E3779B1)
+    h ^= np.uint32(np.int32(y)) * np.uint32(0x85EBCA77)
     h = np.uint32((h ^ (h >> np.uint32(15))) * np.uint32(0x2C1B3C6D))
     h = np.uint32((h ^ (h >> np.uint32(12))) * np.uint32(0x297A2D39))
-    return (h >> np.uint32(8)) / 16777216.0
+    share: float = (h >> np.uint32(8)) / 16777216.0
+    return share
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def _noise(x: float, y: float) -> float:
     """Smooth value noise in 0..1."""
     i, j = np.floor(x), np.floor(y)
@@ -132,21 +135,22 @@ def _noise(x: float, y: float) -> float:
     u, v = u * u * (3 - 2 * u), v * v * (3 - 2 * v)
     low = _hash(i, j) * (1 - u) + _hash(i + 1, j) * u
     high = _hash(i, j + 1) * (1 - u) + _hash(i + 1, j + 1) * u
-    return low * (1 - v) + high * v
+    noise: float = low * (1 - v) + high * v
+    return noise
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def _ramp(v: float, low: float, high: float) -> float:
     t = min(max((v - low) / (high - low), 0.0), 1.0)
     return t * t * (3 - 2 * t)
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def _bump(x: float, y: float, cx: float, cy: float, sx: float, sy: float) -> float:
-    return np.exp(-(((x - cx) / sx) ** 2) - ((y - cy) / sy) ** 2)
+    return math.exp(-(((x - cx) / sx) ** 2) - ((y - cy) / sy) ** 2)
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def _skin_paint(a: Any, look: Look, colour: Any) -> float:
     """Colour of the skin at template position a[3:6]; returns its gloss."""
     x, y, z = a[3], a[4], a[5]
@@ -165,7 +169,8 @@ def _skin_paint(a: Any, look: Look, colour: Any) -> float:
         + look.lines * 0.3 * np.exp(-(((ax - 0.24 - 0.38 * (y - 0.58)) / 0.028) ** 2))
         * _bump(0, y, 0, 0.76, 1, 0.17)
         + look.lines * 0.18 * _bump(ax, y, 0.41, 0.2, 0.2, 0.03)
-        + look.lines * 0.13 * _ramp(-y, 0.4, 0.5) * (0.5 + 0.5 * np.cos(y * 46)) * _ramp(y, -0.85, -0.7)
+        + look.lines * 0.13 * _ramp(-y, 0.4, 0.5) * (0.5 + 0.5 * np.cos(y * 46))
+        * _ramp(y, -0.85, -0.7)
     )  # fmt: skip
     shade *= 1 - 0.35 * (1 - _ramp(y - look.hairline, 0.0, 0.22)) * front
     for c in range(3):
@@ -177,11 +182,13 @@ def _skin_paint(a: Any, look: Look, colour: Any) -> float:
     below *= 1 - 0.8 * _bump(ax, y, 0.0, 1.06, 0.15, 0.05)
     cover = look.beard * below * (0.72 + 0.28 * _noise(x * 60, y * 25 + look.seed))
     for c in range(3):
-        colour[c] = colour[c] * (1 - cover) + look.brow[c] * (0.7 + 0.5 * _noise(x * 45, y * 18)) * cover
+        colour[c] = (
+            colour[c] * (1 - cover) + look.brow[c] * (0.7 + 0.5 * _noise(x * 45, y * 18)) * cover
+        )
     return look.gloss * (1 - cover) * (0.5 + 0.8 * _bump(ax, y, 0, 0.4, 0.15, 0.25))
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def _eye_paint(a: Any, side: int, look: Look, colour: Any) -> float:
     """Colour of the eyeball: white, limbus, iris, pupil, and the highlight of a window."""
     centre = look.iris_a if side < 0 else look.iris_b
@@ -205,7 +212,7 @@ def _eye_paint(a: Any, side: int, look: Look, colour: Any) -> float:
     return 0.25
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def _mouth_paint(a: Any, look: Look, colour: Any, opening: float) -> None:
     """Colour inside the mouth; a[6], a[7]: along and down, opening: its height in head units."""
     u, down = a[6], a[7] * opening
@@ -225,7 +232,7 @@ def _mouth_paint(a: Any, look: Look, colour: Any, opening: float) -> None:
         colour[c] = value * (1 - teeth) + enamel * teeth
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def _hair_paint(a: Any, look: Look, colour: Any) -> float:
     strand = 0.55 * _noise(a[6] * 26 + look.seed, a[7] * 2.2) + 0.45 * _noise(
         a[6] * 60 + look.seed, a[7] * 4
@@ -238,7 +245,7 @@ def _hair_paint(a: Any, look: Look, colour: Any) -> float:
     return 0.16 + 0.2 * strand
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def _cloth_paint(a: Any, look: Look, colour: Any) -> None:
     stripe = 0.0
     if look.stripes > 0:
@@ -249,7 +256,7 @@ def _cloth_paint(a: Any, look: Look, colour: Any) -> None:
         colour[c] = (look.clothes[c] * (1 - stripe) + look.trim[c] * stripe) * weave * folds
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def _paint(a: Any, material: int, side: int, look: Look, opening: float, colour: Any) -> float:
     """Fill colour for one pixel and return its gloss."""
     if material == 0 or material == 2 or material == 11:
@@ -294,7 +301,7 @@ def _paint(a: Any, material: int, side: int, look: Look, opening: float, colour:
     return 0.6
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def shade(pixels: Any, kind: Any, look: Look, opening: float, out: Any) -> None:
     """Paint and light every covered pixel of out, float32 [H, W, 3], linear RGB."""
     height, width = kind.shape[:2]

@@ -69,7 +69,7 @@ def autoencoder_loss(
     heads' error. Source: DiffAE, Eq. 6."""
     z = state.live["encoder"](sample.target).float()
     denoising = _denoising(state, sample, z)
-    heads = state.live["heads"].loss(z, sample.values).mean()  # type: ignore[operator]
+    heads = state.heads.loss(z, sample.values).mean()
     loss = denoising + recipe.loss.heads * heads
     return loss, {"denoising": denoising, "heads": heads}
 
@@ -84,7 +84,7 @@ def reenact_loss(
         z_t = state.ema["encoder"](sample.target).float()
     z_r = state.live["reenactment"](sample.source, sample.condition).float()
     code = code_distance(z_r, z_t, deviation).mean()
-    heads = state.live["heads"].loss(z_r, sample.values).mean()  # type: ignore[operator]
+    heads = state.heads.loss(z_r, sample.values).mean()
     even = (torch.arange(len(z_t), device=z_t.device) % 2 == 0)[:, None]
     denoising = _denoising(state, sample, torch.where(even, z_r, z_t))
     loss = stage.code * code + recipe.loss.heads * heads + stage.diffusion * denoising

@@ -6,7 +6,7 @@ import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,9 +40,7 @@ class State:
 
     def __init__(self, recipe: Recipe, targets: HeadTargets, device: torch.device) -> None:
         if recipe.network.lower() not in PRESETS:
-            raise SettingsError(
-                f"network = {recipe.network!r}, wanted one of {', '.join(PRESETS)}"
-            )
+            raise SettingsError(f"network = {recipe.network!r}, wanted one of {', '.join(PRESETS)}")
         config = PRESETS[recipe.network.lower()]
         torch.manual_seed(recipe.seed)
         live = nn.ModuleDict({
@@ -52,10 +50,16 @@ class State:
             "heads": Heads(config.embed, targets),
         })  # fmt: skip
         self.config: NetworkConfig = config
-        self.live = live.to(device).to(memory_format=torch.channels_last)
+        live.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in stubs
+        self.live = live.to(device)
         self.ema = copy.deepcopy(self.live).requires_grad_(False)
         self.progress = Progress()
         self.optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def heads(self) -> Heads:
+        """The live heads on z."""
+        return cast(Heads, self.live["heads"])
 
     def start_reenactment(self) -> None:
         """Sets the reenactment encoder to the averaged semantic encoder; its drawing input stays
@@ -63,7 +67,8 @@ class State:
         self.restart_from_average()
         encoder = self.ema["encoder"].state_dict()
         for networks in (self.live, self.ema):
-            networks["reenactment"].controlnet.load_state_dict(encoder)  # type: ignore[union-attr,operator]
+            reenactment = cast(ReenactmentEncoder, networks["reenactment"])
+            reenactment.controlnet.load_state_dict(encoder)
 
     def restart_from_average(self) -> None:
         """Sets the live networks to their averages."""

@@ -31,7 +31,7 @@ def group_count(channels: int) -> int:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm over NCHW or NCL whose sums run in float32 and whose output keeps the dtype of x."""
+    """Group norm over NCHW or NCL: sums in float32, output in the dtype of x."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(group_count(channels), channels, eps=NORM_EPS)
@@ -48,7 +48,7 @@ class GroupNorm(nn.GroupNorm):
         return F.silu(self(x))
 
     def modulated_silu(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """SiLU of normalised x [N,C,H,W] times scale plus shift, each [N,C], for the affine part."""
+        """SiLU(n * scale + shift) for n, x [N,C,H,W] normalised, and scale, shift [N,C]."""
         if fused_norm.usable(x):
             return fused_norm.norm_silu(x, scale, shift, self.num_groups, self.eps)
         if len(x) == 1:  # then the rows are an affine part, and one operator where exported
@@ -159,7 +159,7 @@ class ResBlock(HalfBlock):
         return cast(Tensor, 1 + self.cond_emb_layers(z).float())
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """The block's output [N,Cout,H',W'] for x [N,Cin,H,W] under the rows scale, shift [N,Cout]."""
+        """The block's output [N,Cout,H',W'] for x [N,Cin,H,W] and rows scale, shift [N,Cout]."""
         norm, _, dropout, conv = self.out_layers
         h = cast(GroupNorm, norm).modulated_silu(self.first_half(x), scale, shift)
         return self.skip(x) + cast(Tensor, conv(dropout(h)))

@@ -47,7 +47,7 @@ def norm_silu(x: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float) 
 
     x: float32 or bfloat16 [N,C,H,W]; scale, shift: float32 [N,C], the norm's affine included.
     """
-    result: Tensor = _NormSiLU.apply(x, scale, shift, groups, eps)
+    result: Tensor = _NormSiLU.apply(x, scale, shift, groups, eps)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -65,7 +65,7 @@ class _NormSiLU(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, *rest = ctx.saved_tensors
         grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
         dx, dscale, dshift = _extension.backward(x, grad, *rest, ctx.groups)

@@ -114,7 +114,7 @@ class UNet(nn.Module):
         return F.pixel_shuffle(h, block) if block > 1 else h
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """The prediction [N,3,S,S] for the noisy images x [N,3,S,S] at timesteps t [N] with z [N,E]."""
+        """The prediction [N,3,S,S] for noisy images x [N,3,S,S], timesteps t [N] and z [N,E]."""
         return self.step(x, *self.modulation(z, self.time_rows(t)))
 
 
