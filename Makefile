@@ -26,6 +26,7 @@ test-slow: dev
 
 lint: dev
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 ## make env        the environment of `make demo`      make dev     that of `make test`

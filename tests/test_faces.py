@@ -1,4 +1,4 @@
-"""Rendered faces: the ground truth is where the picture shows it, and depth decides what is seen."""
+"""Rendered faces: the ground truth is where the picture shows it; depth decides what is seen."""
 
 from __future__ import annotations
 

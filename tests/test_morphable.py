@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -103,7 +105,9 @@ def test_shipped_landmark_model_is_the_dense_face() -> None:
     ), "the shape changed: run `python -m diffusionact.training.assets`"
 
 
-def test_a_package_without_its_data_file_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_package_without_its_data_file_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from diffusionact import morphable
 
     monkeypatch.setattr(morphable, "RENDERED_FACE_FILE", tmp_path / "face68.npz")
