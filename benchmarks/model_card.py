@@ -36,7 +36,7 @@ from diffusionact.evaluation import metrics
 from diffusionact.image import to_tensor
 from diffusionact.landmarks import Landmarks
 from diffusionact.runtime.loop import open_loop, runs
-from diffusionact.schedule import Run, alpha_bars, ddim_step, inversion_run, render_run, timesteps
+from diffusionact.schedule import Run, alpha_bars, ddim_step, inversion_run, render_run
 from diffusionact.training import faces, weights
 from diffusionact.training.diffusion import to_batch, to_pixels
 from diffusionact.training.judges import Truth, errors, visible_gaze
@@ -281,8 +281,8 @@ def plan_of(
     return Plan(
         invert=runs(description)[1],
         render={count: runs(description, count)[0] for count in steps},
-        published_invert=inversion_run(kind, timesteps(T_INVERT), table),
-        published_render=render_run(kind, timesteps(T_RENDER), table),
+        published_invert=inversion_run(kind, description.invert.at(T_INVERT, noise.total), table),
+        published_render=render_run(kind, description.render.at(T_RENDER, noise.total), table),
         drawing=description.drawing,
         batch=batch,
         bf16=bf16,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffusionact.errors import DeviceError, SettingsError
-from diffusionact.training import loop, state
+from diffusionact.training import loop, state, weights
 from diffusionact.training.config import (
     LoopRecipe,
     LossRecipe,
@@ -30,7 +30,7 @@ from diffusionact.training.losses import (
     weighted_square,
 )
 from diffusionact.training.models import FACE128
-from diffusionact.training.state import State
+from diffusionact.training.state import BACKGROUND, State
 
 pytestmark = pytest.mark.torch
 
@@ -57,6 +57,7 @@ batch = 4
 [loop]
 log_every_steps = 1
 fused_norm = false
+bf16 = false
 evaluation_pairs = 4
 [[stages]]
 kind = "autoencoder"
@@ -74,8 +75,9 @@ def write_pool(folder: Path, identities: int = 6, frames: int = 3, side: int = 3
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     rows = (identities, frames)
+    patches = rng.integers(0, 256, (*rows, 4, 4, 3), dtype=np.uint8)  # simple, but not flat
     arrays = {
-        "images": rng.integers(0, 256, (*rows, side, side, 3), dtype=np.uint8),
+        "images": patches.repeat(side // 4, axis=2).repeat(side // 4, axis=3),
         "labels": rng.integers(0, 8, (*rows, side, side), dtype=np.uint8),
         "points": rng.uniform(0, side, (*rows, 68, 3)).astype(np.float32),
         "gaze": rng.uniform(0, side, (*rows, 2, 2)).astype(np.float32),
@@ -224,6 +226,27 @@ def test_two_stages_end_with_weights_curves_and_sheets(recipe_path: Path, tmp_pa
     assert not list(folder.glob(".part-*"))
 
 
+def test_a_run_cut_short_gives_weights_from_its_last_checkpoint(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    first, second = load_recipe(recipe_path).stages
+    run = trainer(recipe_path, tmp_path / "run")
+    run.recipe = replace(run.recipe, stages=(first,))
+    run.run()  # ends with the second stage not begun
+    with pytest.raises(SettingsError, match="stage 2 of 2, step 0: .* not trained"):
+        loop.finish_early(recipe_path, out=tmp_path / "run")
+    run.recipe = replace(run.recipe, stages=(first, replace(second, images=800)))
+    stop_after(run, 1)
+    assert not run.run()
+    path = loop.finish_early(recipe_path, out=tmp_path / "run")
+    stored = weights.load(path)
+    assert set(stored.parts) == {"render", "encoder", "reenactment"}
+    assert stored.provenance["complete"] is False and stored.provenance["images_seen"] == 20
+    name = "input_blocks.0.0.weight"
+    averaged = run.state.ema["unet"].state_dict()[name]
+    torch.testing.assert_close(stored.parts["render"][name], averaged.half())
+
+
 def test_a_stopped_run_resumes_as_if_it_had_not_stopped(recipe_path: Path, tmp_path: Path) -> None:
     whole = trainer(recipe_path, tmp_path / "whole")
     whole.recipe = replace(whole.recipe, stages=(plain_stage(),))
@@ -264,24 +287,29 @@ def test_the_reenactment_encoder_starts_as_the_averaged_encoder(
     run = trainer(recipe_path, tmp_path / "run")
     for parameter in run.state.ema["encoder"].parameters():
         parameter.data.normal_()
-    run.state.start_reenactment()
-    source, drawing = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
+    run.state.start_reenactment(gain=1.5)
+    source, drawing = torch.rand(2, 3, 32, 32), torch.full((2, 3, 32, 32), BACKGROUND)
     z = run.state.ema["encoder"](source)
     torch.testing.assert_close(run.state.live["reenactment"](source, drawing), z)
     torch.testing.assert_close(run.state.ema["reenactment"](source, drawing), z)
     torch.testing.assert_close(run.state.live["encoder"](source), z)
+    drawing[..., 10:12, 10:20] = 1.0
+    assert not torch.allclose(run.state.live["reenactment"](source, drawing), z), "lines are seen"
 
 
 def test_training_lowers_the_error_on_what_it_sees(recipe_path: Path, tmp_path: Path) -> None:
     run = trainer(recipe_path, tmp_path / "run")
-    stage = replace(plain_stage(), images=4 * 60, lr=3e-3)
+    low_noise = 4.0  # the picture shows through: what there is to learn is learnt in few steps
+    stage = replace(plain_stage(), images=4 * 30, lr=3e-3, timestep_power=low_noise)
     run.recipe = replace(
-        run.recipe, stages=(stage,), loop=LoopRecipe(log_every_steps=10, fused_norm=False)
+        run.recipe,
+        stages=(stage,),
+        loop=LoopRecipe(log_every_steps=10, fused_norm=False, bf16=False),
     )
     run.run()
     lines = (tmp_path / "run" / "curves.jsonl").read_text().splitlines()
     curve = [json.loads(line) for line in lines if "denoising" in line]
-    assert curve[-1]["denoising"] < 0.9 * curve[0]["denoising"]
+    assert curve[-1]["denoising"] < 0.7 * curve[0]["denoising"]
 
 
 def test_the_rate_warms_up_and_falls_to_zero(recipe_path: Path, tmp_path: Path) -> None:

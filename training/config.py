@@ -86,6 +86,8 @@ class StageRecipe:
     cached_from: float = 0.3  # fraction of the stage after which cached noise is used
     unet_lr: float = 1.0  # factor on lr
     heads_lr: float = 1.0
+    drawing_gain: float = 0.0  # of the reenactment encoder's drawing input at its start
+    encoder_lr: float = 0.0  # of the semantic encoder in stage reenact; 0 leaves it as it is
     code: float = 1.0  # weight of |z_r - z_t|
     diffusion: float = 1.0
 

@@ -18,6 +18,7 @@ from diffusionact.schedule import (
     alpha_bars,
     ddim_step,
     inversion_run,
+    inversion_timesteps,
     prediction_target,
     render_run,
     timesteps,
@@ -25,7 +26,6 @@ from diffusionact.schedule import (
 )
 
 TABLE = alpha_bars()
-FIRST_INVERTED_X0 = 40  # the noise level there is 0.13: errors grow eightfold, not a hundredfold
 
 
 def to_batch(images: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
@@ -55,18 +55,6 @@ def noised(kind: Prediction, x_0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tenso
     table = torch.from_numpy(TABLE).to(x_0.device, torch.float32)
     level = table[t].view(-1, 1, 1, 1)
     return add_noise(x_0, eps, level), prediction_target(kind, x_0, eps, level)
-
-
-def inversion_timesteps(kind: Prediction, steps: int) -> npt.NDArray[np.int64]:
-    """Returns the timesteps of an inversion, int64 [steps], ascending.
-
-    A network that predicts x_0 does not start at 0: eps is its error divided by the noise level,
-    and a hundred times the error of a clean picture is no noise.
-    """
-    if kind != "x0":
-        return timesteps(steps)
-    stride = (TOTAL_STEPS - FIRST_INVERTED_X0) / steps
-    return timesteps([FIRST_INVERTED_X0 + int(i * stride) for i in range(steps)])
 
 
 def invert(unet: nn.Module, kind: Prediction, x_0: Tensor, z: Tensor, steps: int) -> Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusionact.errors import DeviceError, DiffusionActError
+from diffusionact.errors import DeviceError, DiffusionActError, SettingsError
 from diffusionact.training.config import Recipe, StageRecipe, load_recipe
 from diffusionact.training.data import PairSampler, Pool, Prefetcher
 from diffusionact.training.diffusion import invert, to_batch
@@ -26,7 +26,7 @@ from diffusionact.training.inversions import InversionCache
 from diffusionact.training.losses import HeadTargets, head_targets
 from diffusionact.training.models import fused_norm
 from diffusionact.training.sheets import held_out_pairs, pictures, scores, write_sheet
-from diffusionact.training.stages import TRAINED, autoencoder_loss, reenact_loss, to_sample
+from diffusionact.training.stages import autoencoder_loss, reenact_loss, to_sample, trained
 from diffusionact.training.state import State
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,26 @@ def train(
     if trainer.run():
         finish(trainer.state, recipe, Path(recipe.weights))
     return folder
+
+
+def finish_early(recipe_path: str | Path, out: str | Path | None = None) -> Path:
+    """Returns the weights file of a run that was cut short, written from its last checkpoint.
+
+    Raises:
+        SettingsError: there is no checkpoint, or the last stage has not begun in it.
+    """
+    recipe = load_recipe(recipe_path)
+    folder = Path(out) if out is not None else Path("runs") / recipe.name
+    trainer = Trainer(recipe, folder, torch.device("cpu"))
+    trainer.resume()
+    progress, last = trainer.state.progress, len(recipe.stages) - 1
+    if (progress.stage, progress.step) <= (last, 0):
+        raise SettingsError(
+            f"{folder / 'last.pt'} is at stage {progress.stage + 1} of {last + 1}, step "
+            f"{progress.step}: some networks are not trained at all; go on with --resume"
+        )
+    finish(trainer.state, recipe, Path(recipe.weights))
+    return Path(recipe.weights)
 
 
 def choose_device(name: str) -> torch.device:
@@ -111,7 +131,7 @@ class Trainer:
 
     def _begin(self, stage: StageRecipe) -> None:
         if stage.kind == "reenact" and self.state.progress.step == 0:
-            self.state.start_reenactment()
+            self.state.start_reenactment(stage.drawing_gain)
         self.state.optimizer = _optimizer(self.state, stage, self.device)
         if self._optimizer_state is not None:
             self.state.optimizer.load_state_dict(self._optimizer_state)
@@ -155,15 +175,15 @@ class Trainer:
                 loss, parts = reenact_loss(state, sample, self.recipe, stage, self.deviation)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        parts["gradient"] = torch.nn.utils.clip_grad_norm_(trained, stage.clip)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parts["gradient"] = torch.nn.utils.clip_grad_norm_(parameters, stage.clip)
         self._finite(parts)
         optimizer.step()
         progress.step += 1
         progress.images += len(batch.target)
         progress.seen += len(batch.target)
         decay = min(stage.ema, (1 + progress.step) / (10 + progress.step))
-        state.average(decay, TRAINED[stage.kind])
+        state.average(decay, trained(stage))
         return {name: value.detach() for name, value in parts.items()}
 
     def _finite(self, parts: dict[str, Tensor]) -> None:
@@ -311,6 +331,7 @@ def finish(state: State, recipe: Recipe, path: Path) -> None:
     provenance = {
         "recipe": recipe.name, "recipe_sha256": recipe.digest, "commit": _commit(),
         "images_seen": state.progress.seen, "data": "rendered faces",
+        "complete": state.progress.stage >= len(recipe.stages),
     }  # fmt: skip
     parts = {"render": state.ema["unet"], "encoder": state.ema["encoder"],
              "reenactment": state.ema["reenactment"]}  # fmt: skip
@@ -337,10 +358,12 @@ def _statistics(pool: Pool, identities: int) -> HeadTargets:
 
 def _optimizer(state: State, stage: StageRecipe, device: torch.device) -> torch.optim.Optimizer:
     factors = {"unet": stage.unet_lr, "heads": stage.heads_lr}
+    if stage.kind == "reenact":
+        factors["encoder"] = stage.encoder_lr
     groups = [
         {"params": list(state.live[name].parameters()), "lr": stage.lr,
          "base_lr": stage.lr * factors.get(name, 1.0)}
-        for name in TRAINED[stage.kind]
+        for name in trained(stage)
     ]  # fmt: skip
     return torch.optim.AdamW(groups, weight_decay=stage.weight_decay, fused=True)
 
@@ -354,11 +377,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=train.__doc__)
     parser.add_argument("recipe")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--finish", action="store_true", help=finish_early.__doc__)
     parser.add_argument("--out")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    train(arguments.recipe, resume=arguments.resume, out=arguments.out, device=arguments.device)
+    if arguments.finish:
+        finish_early(arguments.recipe, out=arguments.out)
+    else:
+        train(arguments.recipe, resume=arguments.resume, out=arguments.out, device=arguments.device)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ from diffusionact.training.losses import (
 )
 from diffusionact.training.state import State
 
-# The networks that each stage moves.
-TRAINED = {
-    "autoencoder": ["unet", "encoder", "heads"],
-    "reenact": ["unet", "reenactment", "heads"],
-}
+
+def trained(stage: StageRecipe) -> list[str]:
+    """The networks that a stage moves."""
+    if stage.kind == "autoencoder":
+        return ["unet", "encoder", "heads"]
+    return ["unet", "reenactment", "heads", *(["encoder"] if stage.encoder_lr > 0 else [])]
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,16 @@ def reenact_loss(
     """Returns the loss and its parts: z_r against the target's z_t, the heads' error, and the
     denoising error, half of the batch under z_r and half under z_t, so that the decoder learns
     z_r without forgetting z_t. Source: DiffusionAct, the reenactment encoder's pre-training."""
-    with torch.no_grad():
-        z_t = state.ema["encoder"](sample.target).float()
+    if stage.encoder_lr > 0:
+        z_t = state.live["encoder"](sample.target).float()
+    else:
+        with torch.no_grad():
+            z_t = state.ema["encoder"](sample.target).float()
     z_r = state.live["reenactment"](sample.source, sample.condition).float()
-    code = code_distance(z_r, z_t, deviation).mean()
+    code = code_distance(z_r, z_t.detach(), deviation).mean()
     heads = state.heads.loss(z_r, sample.values).mean()
+    if stage.encoder_lr > 0:
+        heads = heads + state.heads.loss(z_t, sample.values).mean()
     even = (torch.arange(len(z_t), device=z_t.device) % 2 == 0)[:, None]
     denoising = _denoising(state, sample, torch.where(even, z_r, z_t))
     loss = stage.code * code + recipe.loss.heads * heads + stage.diffusion * denoising

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffusionact.errors import SettingsError
 from diffusionact.training.config import Recipe
@@ -18,6 +18,7 @@ from diffusionact.training.models import PRESETS, ReenactmentEncoder, SemanticEn
 from diffusionact.training.models.config import NetworkConfig
 
 FORMAT = 1
+BACKGROUND = 1 / 127.5 - 1  # of a drawing, as the network sees it
 
 
 @dataclass
@@ -61,14 +62,22 @@ class State:
         """The live heads on z."""
         return cast(Heads, self.live["heads"])
 
-    def start_reenactment(self) -> None:
-        """Sets the reenactment encoder to the averaged semantic encoder; its drawing input stays
-        at zero. Source: DiffusionAct, the initialisation of the reenactment encoder."""
+    def start_reenactment(self, gain: float) -> None:
+        """Sets the reenactment encoder to the averaged semantic encoder, and its drawing input to
+        `gain` times the drawing, its background at 0.
+
+        Source: DiffusionAct, the initialisation of the reenactment encoder, where the gain is 0;
+        in a short run the drawing is then never found.
+        """
         self.restart_from_average()
         encoder = self.ema["encoder"].state_dict()
         for networks in (self.live, self.ema):
             reenactment = cast(ReenactmentEncoder, networks["reenactment"])
             reenactment.controlnet.load_state_dict(encoder)
+            drawing = reenactment.zero_conv_1
+            with torch.no_grad():
+                drawing.weight.copy_(gain * torch.eye(3)[:, :, None, None])
+                drawing.bias.fill_(-gain * BACKGROUND)  # type: ignore[operator, union-attr]
 
     def restart_from_average(self) -> None:
         """Sets the live networks to their averages."""

@@ -16,6 +16,7 @@ Resample = Literal["none", "up", "down"]
 GROUPS = 32
 MIN_GROUP_CHANNELS = 4
 NORM_EPS = 1e-5
+POSITION_GAIN = 0.3  # of a position map at the start, where features are about 1
 
 
 def group_count(channels: int) -> int:
@@ -95,6 +96,20 @@ def zeroed(layer: nn.Module) -> nn.Module:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
+
+
+def position_map(channels: int, side: int) -> nn.Parameter:
+    """A learned map [1,C,side,side] to add to a feature, begun as the cosine basis of the plane,
+    low frequencies first: whatever is scaled per channel can then tell places apart."""
+    orders = sorted(
+        ((i, j) for i in range(side) for j in range(side) if i + j), key=lambda o: (sum(o), o)
+    )
+    place = (torch.arange(side) + 0.5) * math.pi / side
+    rows = [
+        torch.outer(torch.cos(j * place), torch.cos(i * place))
+        for i, j in (orders[c % len(orders)] for c in range(channels))
+    ]
+    return nn.Parameter(POSITION_GAIN * torch.stack(rows)[None])
 
 
 class HalfBlock(nn.Module):

@@ -12,6 +12,7 @@ from diffusionact.training.models.blocks import (
     EncoderBlock,
     GroupNorm,
     conv3x3,
+    position_map,
     zeroed,
 )
 from diffusionact.training.models.config import NetworkConfig
@@ -27,6 +28,10 @@ class SemanticEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.input_blocks, width = _input_blocks(config)
+        if config.positions:  # the mean over all cells below would forget where things are
+            side = config.grid // 2 ** (len(config.encoder_mult) - 1)
+            self.position_stem = position_map(config.channels * config.encoder_mult[0], config.grid)
+            self.position_middle = position_map(width, side)
         self.middle_block = nn.Sequential(
             EncoderBlock(width, width), Attention(width), EncoderBlock(width, width)
         )
@@ -42,8 +47,13 @@ class SemanticEncoder(nn.Module):
         """z [N,E] of image [N,3,S,S], RGB in [-1,1]."""
         block = self.config.block_size
         h = F.pixel_unshuffle(image, block) if block > 1 else image
-        for stage in self.input_blocks:
+        h = self.input_blocks[0](h)
+        if self.config.positions:
+            h = h + self.position_stem.to(h.dtype)
+        for stage in self.input_blocks[1:]:
             h = stage(h)
+        if self.config.positions:
+            h = h + self.position_middle.to(h.dtype)
         return cast(Tensor, self.out(self.middle_block(h)))
 
 

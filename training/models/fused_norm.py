@@ -9,6 +9,9 @@ Inference and export never come here.
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ def enable() -> bool:
     """Whether the compiled operation is in use from here on; compiles it at first call (~30 s)."""
     global _extension
     if _extension is None:
+        _find_ninja()
         try:
             from torch.utils.cpp_extension import load
 
@@ -35,6 +39,13 @@ def enable() -> bool:
             log.warning("no fused group norm, training will be slower: %s", error)
             return False
     return True
+
+
+def _find_ninja() -> None:
+    """Puts this environment's programs on PATH if torch would not find its build tool: a Python
+    that was started by its full name does not bring them along."""
+    if shutil.which("ninja") is None:
+        os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 
 
 def usable(x: Tensor) -> bool:

@@ -14,6 +14,7 @@ from diffusionact.training.models.blocks import (
     ResBlock,
     TimeEmbed,
     conv3x3,
+    position_map,
     zeroed,
 )
 from diffusionact.training.models.config import NetworkConfig
@@ -46,8 +47,8 @@ class UNet(nn.Module):
             GroupNorm(first), nn.SiLU(), zeroed(conv3x3(first, config.image_channels))
         )
         if config.positions:
-            self.position_stem = nn.Parameter(torch.zeros(1, first, config.grid, config.grid))
-            self.position_middle = nn.Parameter(torch.zeros(1, middle, side, side))
+            self.position_stem = position_map(first, config.grid)
+            self.position_middle = position_map(middle, side)
         stages = [*self.input_blocks, self.middle_block, *self.output_blocks]
         # in the order of execution, which is that of the modulation rows
         self.modulated = [m for stage in stages for m in stage if isinstance(m, ResBlock)]
