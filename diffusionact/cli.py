@@ -2,7 +2,7 @@
 
 The one file that knows all sub-packages, each imported inside its own subcommand, so that --help
 loads neither NumPy nor torch. Exit status: 0 done, 1 a check failed, 2 the message says what to
-do; any other error is a bug and keeps its trace.
+do, 130 and 143 ended by SIGINT and SIGTERM; any other error is a bug and keeps its trace.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from diffusionact.runtime.demo import DemoReport
     from diffusionact.runtime.reenactor import Reenactor
 
-DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, REFUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 LOG_VARIABLE = "DIFFUSIONACT_LOG"
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -36,15 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit status of one command."""
     arguments = _parser().parse_args(argv)
     try:
-        _start_log(arguments)
-        status: int = arguments.command(arguments)
-        return status
+        with _terminable():
+            _start_log(arguments)
+            status: int = arguments.command(arguments)
+            return status
     except DiffusionActError as error:
         print(f"diffusionact: {error}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         print("diffusionact: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except _Terminated:
+        print("diffusionact: terminated", file=sys.stderr)
+        return TERMINATED
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -93,8 +98,13 @@ def train(arguments: argparse.Namespace) -> int:
     with _extra("train"):
         from diffusionact.training.config import load_recipe
         from diffusionact.training.data import render_pool
+        from diffusionact.training.loop import finish_early
         from diffusionact.training.loop import train as train_recipe
 
+        if arguments.finish:
+            path = finish_early(arguments.recipe, out=arguments.output)
+            _say(arguments, {"weights": str(path)}, f"wrote {path}")
+            return DONE
         pool = load_recipe(arguments.recipe).pool
         render_pool(
             pool.folder,
@@ -233,6 +243,11 @@ def _fill_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", metavar="RECIPE.toml")
     add("--resume", action="store_true", help="go on from the run's last checkpoint")
+    add(
+        "--finish",
+        action="store_true",
+        help="write the weights of the run's last checkpoint, and train no further",
+    )
     add("-o", "--output", metavar="DIR", help="the run's folder (default: runs/NAME)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.set_defaults(log="info")
@@ -266,6 +281,25 @@ def _start_log(arguments: argparse.Namespace) -> None:
         format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr
     )
     logging.getLogger("diffusionact").setLevel(level.upper())
+
+
+class _Terminated(BaseException):
+    """SIGTERM came; like KeyboardInterrupt, no `except Exception` on the way may swallow it."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that writers remove what they have not finished."""
+
+    def terminate(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not disturb the clean-up
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

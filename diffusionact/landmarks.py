@@ -7,9 +7,10 @@ Points 0-16 jaw, 17-21 and 22-26 brows, 27-35 nose, 36-41 and 42-47 eyes, 48-59 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-import tempfile
+import uuid
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -218,20 +219,17 @@ def save_npz(path: str | os.PathLike[str], **arrays: npt.NDArray[np.generic]) ->
     Raises: MediaError when the folder cannot be written.
     """
     target = Path(path)
-    temporary = ""
+    part = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.part{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as file:
-            temporary = file.name
+        with part.open("xb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, target)
+        os.replace(part, target)
     except OSError as error:
         raise MediaError(f"{target}: cannot be written ({error.strerror})") from error
     finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        with contextlib.suppress(OSError):  # gone after the rename; the folder may never have been
+            part.unlink()
 
 
 def load_npz(path: str | os.PathLike[str], what: str) -> Mapping[str, npt.NDArray[np.generic]]:

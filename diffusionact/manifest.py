@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from diffusionact import schedule
 from diffusionact.condition import Drawing
 from diffusionact.decode import DecodeError, decode
 from diffusionact.errors import BundleError, SettingsError
-from diffusionact.schedule import Prediction
+from diffusionact.schedule import Int64Array, Prediction
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
@@ -59,6 +59,18 @@ class Sampling:
     steps: int
     choices: tuple[int, ...] = ()
     timesteps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def at(
+        self, steps: int | Sequence[int] | None = None, total: int = schedule.TOTAL_STEPS
+    ) -> Int64Array:
+        """Return the timesteps of a count, int64 [T], ascending: those listed for it, else those
+        of the constant stride. None is the count of this sampling; a sequence is itself.
+
+        Raises: SettingsError as `schedule.timesteps`.
+        """
+        wanted = self.steps if steps is None else steps
+        listed = self.timesteps.get(str(wanted)) if isinstance(wanted, int) else None
+        return schedule.timesteps(wanted if listed is None else listed, total)
 
 
 @dataclass(frozen=True)

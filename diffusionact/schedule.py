@@ -22,6 +22,7 @@ Float64Array: TypeAlias = npt.NDArray[np.float64]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 
 TOTAL_STEPS = 1000
+FIRST_INVERTED_X0 = 40  # noise level 0.13: errors grow eightfold there, a hundredfold at 0
 
 
 def betas(
@@ -79,6 +80,20 @@ def _explicit_timesteps(steps: Sequence[int], total: int) -> Int64Array:
             f"timesteps {list(steps)}: wanted ascending, different integers in 0..{total - 1}"
         )
     return values.astype(np.int64)
+
+
+def inversion_timesteps(kind: Prediction, steps: int, total: int = TOTAL_STEPS) -> Int64Array:
+    """Return the timesteps of an inversion in `steps` steps, int64 [steps], ascending.
+
+    A network that predicts x_0 does not start at 0: eps is its error divided by the noise level,
+    and a hundred times the error of a clean picture is no noise.
+
+    Raises: SettingsError for a count that the schedule does not give.
+    """
+    if kind != "x0":
+        return timesteps(steps, total)
+    first = FIRST_INVERTED_X0 * total // TOTAL_STEPS
+    return timesteps([first + i * (total - first) // steps for i in range(steps)], total)
 
 
 def add_noise(x_0: Any, eps: Any, alpha_bar: Any) -> Any:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, cast
 from torch import nn
 
 from diffusionact import manifest as manifest_file
+from diffusionact import schedule
 from diffusionact.condition import Drawing
 from diffusionact.errors import BundleError
 from diffusionact.export import parity, to_onnx, wrap
@@ -33,13 +34,14 @@ class Card:
 
     name: str = "face128"
     render: Sampling = Sampling(4, (2, 4, 8, 10, 20))
-    invert: Sampling = Sampling(20)
+    invert: Sampling = Sampling(20, (10, 20, 50))
     crop: Crop = Crop(rotate=False, scale=1.13)  # the frame that training/faces.py renders
     drawing: Drawing = Drawing(thickness_px=1, disc_radius_px=1.5, antialias=True)
     training: Training = Training(
         data="faces rendered by diffusionact's own face model",
         licence="MIT",
         domain="rendered faces",
+        pose_range_deg={"yaw": (-45.0, 45.0), "pitch": (-25.0, 25.0), "roll": (-25.0, 25.0)},
     )
     licence: str = "MIT"
     student_of: str | None = None
@@ -66,12 +68,12 @@ def export_bundle(weights_path: Path, out_dir: Path, card: Card = FACE128_CARD) 
     modules = wrap.components(encoder, render, invert)
     bare = _bare_manifest(weights, render, manifest_file.file_sha256(Path(weights_path)), card)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=f".part-{out_dir.name}-"))
+    folder = out_dir.with_name(f".part-{out_dir.name}-{uuid.uuid4().hex[:8]}")
     try:
+        folder.mkdir()
         manifest = _write_components(folder, bare, modules)
         _write_parity(folder, parity.measure(folder, manifest, modules))
         manifest_file.write(folder, manifest)
-        folder.chmod(0o755)
         _put_in_place(folder, out_dir)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -91,7 +93,7 @@ def _bare_manifest(
         prediction=weights.config.prediction,
         schedule=Schedule(),
         render=card.render,
-        invert=card.invert,
+        invert=_with_timesteps(card.invert, weights.config.prediction),
         crop=card.crop,
         drawing=card.drawing,
         landmark_layout="ibug68+gaze2",
@@ -101,6 +103,15 @@ def _bare_manifest(
         components={},
         student_of=card.student_of,
     )
+
+
+def _with_timesteps(invert: Sampling, kind: schedule.Prediction) -> Sampling:
+    """`invert` with the timesteps of its counts where they are not those of a constant stride."""
+    if kind != "x0":
+        return invert
+    counts = {invert.steps, *invert.choices, parity.INVERT_STEPS}
+    made = {str(n): tuple(schedule.inversion_timesteps(kind, n).tolist()) for n in sorted(counts)}
+    return replace(invert, timesteps={**made, **invert.timesteps})
 
 
 def _flat(provenance: Mapping[str, Any]) -> dict[str, str | int | float]:

@@ -124,7 +124,7 @@ def sample(run: Runner, direction: schedule.Run, suffix: str, x: Array, z: Array
 
 def render(run: Runner, manifest: Manifest, x_T: Array, z: Array) -> Array:
     """The picture [1,3,S,S] of x_T and z in RENDER_STEPS steps."""
-    steps = schedule.timesteps(RENDER_STEPS, manifest.schedule.total)
+    steps = manifest.render.at(RENDER_STEPS, manifest.schedule.total)
     direction = schedule.render_run(manifest.prediction, steps, _alpha_bars(manifest))
     return sample(run, direction, "", x_T, z)
 
@@ -133,7 +133,7 @@ def reenact(
     run: Runner, manifest: Manifest, image: Array, of_source: Array, of_target: Array
 ) -> Array:
     """The frame [1,3,S,S]: the image is inverted under one drawing and rendered under another."""
-    steps = schedule.timesteps(INVERT_STEPS, manifest.schedule.total)
+    steps = manifest.invert.at(INVERT_STEPS, manifest.schedule.total)
     direction = schedule.inversion_run(manifest.prediction, steps, _alpha_bars(manifest))
     suffix = "_invert" if "unet_step_invert" in manifest.components else ""
     x_T = sample(run, direction, suffix, image, run("encoder", image, of_source)[0])

@@ -198,7 +198,9 @@ class _Pace:
 
 def _check_output(reader: Reader, output: Path, inputs: list[Path]) -> None:
     if reader.live:
-        raise SettingsError(f"{reader.name} never ends; use `diffusionact live`")
+        raise SettingsError(
+            f"{reader.name}: never ends; wanted a picture, folder, video or landmark track with -d"
+        )
     many = reader.length is None or reader.length > 1
     if many and output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir():
         raise MediaError(

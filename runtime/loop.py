@@ -6,7 +6,7 @@ nothing, looks up no names and branches on no setting.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from diffusionact import schedule
 from diffusionact.manifest import Manifest, TensorSpec
 from diffusionact.runtime.component import Component, open_component
-from diffusionact.schedule import Int64Array, Run, Step
+from diffusionact.schedule import Run, Step
 
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 
@@ -193,14 +193,8 @@ def runs(manifest: Manifest, steps: int | Sequence[int] | None = None) -> tuple[
     """
     plan, kind = manifest.schedule, manifest.prediction
     table = schedule.alpha_bars(plan.total, plan.beta_start, plan.beta_end)
-
-    def timesteps(listed: Mapping[str, Sequence[int]], wanted: int | Sequence[int]) -> Int64Array:
-        known = listed.get(str(wanted)) if isinstance(wanted, int) else None
-        return schedule.timesteps(wanted if known is None else known, plan.total)
-
-    at = timesteps(manifest.render.timesteps, manifest.render.steps if steps is None else steps)
-    up = timesteps(manifest.invert.timesteps, manifest.invert.steps)
-    return schedule.render_run(kind, at, table), schedule.inversion_run(kind, up, table)
+    down = schedule.render_run(kind, manifest.render.at(steps, plan.total), table)
+    return down, schedule.inversion_run(kind, manifest.invert.at(None, plan.total), table)
 
 
 def _buffer(spec: TensorSpec) -> Float32Array:

@@ -206,7 +206,7 @@ class CameraReader:
             if not camera.isOpened():
                 raise MediaError(
                     f"camera {self.index} cannot be opened: none with this number, in use, or not "
-                    "permitted. On Linux `ls /dev/video*` lists them; `--camera N` picks one"
+                    "permitted. On Linux `ls /dev/video*` lists them; give the number of another"
                 )
             camera.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # old frames in a queue are only delay
             while True:

@@ -185,6 +185,9 @@ class Reenactor:
                 source.landmarks,
                 RetargetSettings(
                     absolute_pose=self.settings.absolute_pose,
+                    # The expressions of the rendered face are all that such a model has seen; one
+                    # trained on people follows the driver's points themselves.
+                    expression="model" if self._synthetic else "free",
                     smoothing=self.settings.smoothing,
                     pose_range_deg=_pose_range_deg(self.manifest),
                 ),
@@ -240,8 +243,12 @@ class Reenactor:
         draw_condition(landmarks, len(self._canvas), self.manifest.drawing, self._canvas)
         return to_tensor(self._canvas, self._condition)
 
+    @property
+    def _synthetic(self) -> bool:
+        return self.manifest.training.domain == SYNTHETIC_DOMAIN
+
     def _warn_of_photo(self) -> None:
-        if self.manifest.training.domain == SYNTHETIC_DOMAIN:
+        if self._synthetic:
             _log.warning(
                 "this model was trained on rendered faces: a photo lies outside its training, "
                 "expect a poor likeness"

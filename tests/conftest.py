@@ -173,7 +173,7 @@ def _write_toy_bundle(folder: Path, own_inversion: bool = False) -> Path:
         schedule=manifest_file.Schedule(),
         render=manifest_file.Sampling(4, (2, 4), {"2": (200, 700)}),
         invert=manifest_file.Sampling(5),
-        crop=manifest_file.Crop(rotate=False),
+        crop=manifest_file.Crop(rotate=False, scale=1.1),
         drawing=Drawing(thickness_px=1, disc_radius_px=1.0, antialias=True),
         landmark_layout="ibug68+gaze2",
         training=manifest_file.Training("toy", "MIT", "rendered faces"),

@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from diffusionact.progress import Progress
 Portrait = tuple["np.ndarray[Any, np.dtype[np.uint8]]", Landmarks]
 FRAMES = 5
 FRAME_NS = 40_000_000
+ROOT = Path(cli.__file__).parents[1]
+STARTED_S = 60  # for Python to start, or to end, on a busy machine
 
 
 @pytest.fixture(autouse=True)
@@ -230,13 +234,38 @@ def test_control_c_is_130(
     assert "interrupted" in message(capsys)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
+def test_a_terminated_run_cleans_up(
+    toy_bundle: Path, files: tuple[Path, Path], tmp_path: Path, portrait: Portrait
+) -> None:
+    source, driver = files
+    track(portrait[1], 20_000, (80, 90)).save(driver)  # far more than it can do in this time
+    out = tmp_path / "out"
+    words = ["run", "-s", source, "-d", driver, "-o", out / "out.mp4", "--bundle", toy_bundle]
+    with subprocess.Popen(
+        [sys.executable, "-m", "diffusionact.cli", *map(str, words)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        begun_s = time.monotonic()
+        while not (out.is_dir() and any(out.iterdir())):
+            assert process.poll() is None and time.monotonic() - begun_s < STARTED_S
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=STARTED_S)
+    assert process.returncode == 143, said
+    assert "diffusionact: terminated" in said and "Traceback" not in said
+    assert list(out.iterdir()) == []
+
+
 @pytest.mark.parametrize("command", [["export", "w", "-o", "b"], ["train", "r.toml"]])
 def test_a_missing_extra_is_named(command: list[str]) -> None:
     hide = "import sys; sys.modules.update(torch=None, onnx=None, numba=None)\n"
     code = hide + f"from diffusionact.cli import main; sys.exit(main({command!r}))"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffusionact.schedule import inversion_timesteps
 from diffusionact.training.diffusion import (
     TABLE,
     draw_timesteps,
@@ -92,6 +93,18 @@ def test_inversion_asks_upwards_and_ends_in_pure_noise(picture: Tensor) -> None:
     turns = np.append(np.diff(angles), np.pi / 2 - angles[-1])
     expected = picture * float(np.prod(np.cos(turns)))
     torch.testing.assert_close(x_T, expected, atol=FLOAT32_TOLERANCE * 10, rtol=0)
+
+
+def test_inversion_by_x0_asks_where_its_error_is_not_blown_up(picture: Tensor) -> None:
+    asked: list[int] = []
+
+    class Knows(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
+            asked.append(int(t[0]))
+            return picture
+
+    invert(Knows(), "x0", picture, torch.zeros(2, 4), 4)
+    assert asked == inversion_timesteps("x0", 4).tolist() and asked[0] > 0
 
 
 def test_the_estimate_from_pure_noise_sees_only_the_prediction(picture: Tensor) -> None:

@@ -21,7 +21,9 @@ from diffusionact import manifest as manifest_file
 from diffusionact.errors import BundleError, SettingsError
 from diffusionact.export import bundle, parity, to_onnx, wrap
 from diffusionact.manifest import TensorSpec
+from diffusionact.schedule import inversion_timesteps
 from diffusionact.training import weights
+from diffusionact.training.faces import POSE_RANGE_DEG
 from diffusionact.training.models import FACE128, ReenactmentEncoder, UNet
 
 pytestmark = pytest.mark.torch
@@ -80,6 +82,27 @@ def test_the_bundle_is_whole(exported: Path) -> None:
     assert manifest.weights_sha256 == manifest_file.file_sha256(source)
     assert manifest.training.provenance == {"recipe": "tiny", "stages": "[1, 2]"}
     assert (manifest.image_size, manifest.z_size, manifest.prediction) == (32, 16, TINY.prediction)
+
+
+def test_a_network_that_predicts_x0_lists_its_inversion(exported: Path) -> None:
+    invert = manifest_file.read(exported).invert
+    assert TINY.prediction == "x0" and set(invert.timesteps) == {"10", "20", "50"}
+    for count, listed in invert.timesteps.items():
+        assert listed == tuple(inversion_timesteps("x0", int(count)))
+    assert bundle._with_timesteps(invert, "v") is invert
+
+
+def test_the_card_says_the_poses_that_the_renderer_draws() -> None:
+    ranges = bundle.FACE128_CARD.training.pose_range_deg
+    wanted = zip(("yaw", "pitch", "roll"), POSE_RANGE_DEG, strict=True)
+    assert ranges == {name: (-limit, limit) for name, limit in wanted}
+
+
+def test_a_bundle_is_as_readable_as_any_new_file(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    assert exported.stat().st_mode == (tmp_path / "folder").stat().st_mode
+    assert {p.stat().st_mode for p in exported.iterdir()} == {(tmp_path / "file").stat().st_mode}
 
 
 def test_the_parity_table_covers_components_and_frames(exported: Path) -> None:

@@ -55,6 +55,15 @@ def test_the_published_crop(case: str) -> None:
     assert np.abs(crop - GOLDEN[f"crop_{case}_out"]).max() <= GREY_LEVELS
 
 
+@pytest.mark.parametrize("rotate", [True, False])
+def test_a_wider_crop_has_the_same_centre_and_direction(rotate: bool) -> None:
+    points, middle = GOLDEN["crop_small_lm"], (127 / 2, 127 / 2, 1.0)
+    plain, wide = (lm.crop_matrix(points, 128, rotate, scale) for scale in (1.0, 1.13))
+    np.testing.assert_allclose(wide[:, :2] * 1.13, plain[:, :2], rtol=1e-12)
+    centres = [lm.invert_affine(matrix) @ middle for matrix in (plain, wide)]
+    np.testing.assert_allclose(centres[0], centres[1], rtol=1e-12)
+
+
 def test_an_upright_crop_has_the_centre_and_size_of_the_published_one() -> None:
     points = GOLDEN["crop_small_lm"]
     levelled, upright = (lm.crop_matrix(points, 128, rotate) for rotate in (True, False))
@@ -133,6 +142,12 @@ def test_a_track_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     face = seen[2]
     assert face is not None and np.array_equal(face.gaze, track.gaze[2])
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["clip.npz"]
+
+
+def test_a_track_is_as_readable_as_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    a_track().save(tmp_path / "clip.npz")
+    assert (tmp_path / "clip.npz").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
 def test_a_normalised_mesh_track_is_read_in_pixels_at_25_fps(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from diffusionact import manifest as m
 from diffusionact.condition import Drawing
-from diffusionact.errors import BundleError
+from diffusionact.errors import BundleError, SettingsError
 
 
 def example(bundle_dir: Path, own_inversion: bool = False) -> m.Manifest:
@@ -47,6 +47,16 @@ def test_tensors_are_those_of_the_sizes(tmp_path: Path) -> None:
     assert [spec.shape for spec in tensors["encoder"][0]] == [(1, 3, 32, 32)] * 2
     assert [spec.shape for spec in tensors["modulation"][0]] == [(1, 16), ("N", 176)]
     assert [spec.shape for spec in tensors["unet_step"][0]] == [(1, 3, 32, 32), (1, 88), (1, 88)]
+
+
+def test_a_sampling_prefers_the_timesteps_that_it_lists() -> None:
+    sampling = m.Sampling(4, (4, 10), {"4": (0, 250, 500, 999)})
+    assert sampling.at().tolist() == [0, 250, 500, 999]
+    assert sampling.at(10).tolist() == list(range(0, 1000, 100))
+    assert sampling.at((3, 7)).tolist() == [3, 7]
+    assert sampling.at(2, total=10).tolist() == [0, 5]
+    with pytest.raises(SettingsError, match="steps=37"):
+        sampling.at(37)
 
 
 def damage_on_disk(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -70,7 +70,9 @@ def test_prepare_and_render_are_the_stages_in_their_order(
 ) -> None:
     picture, face = portrait
     manifest = manifest_file.read(toy_bundle)
-    matrix = crop_matrix(face.points, 32, rotate=False)
+    how = manifest.crop
+    matrix = crop_matrix(face.points, 32, how.rotate, how.scale)
+    assert how.scale != 1.0
     crop = warp_crop(bgr_to_rgb(picture), matrix, 32)
     image = to_tensor(crop)
 
@@ -105,6 +107,16 @@ def test_reenact_moves_the_face_and_times_its_stages(
     at_rest = still.landmarks.points[42:48, :2].mean(0) - still.landmarks.points[36:42, :2].mean(0)
     turned = np.degrees(np.arctan2(eyes[1], eyes[0]) - np.arctan2(at_rest[1], at_rest[0]))
     assert turned == pytest.approx(12.0, abs=3.0)
+
+
+@pytest.mark.parametrize(
+    ("domain", "expression"), [("rendered faces", "model"), ("photos", "free")]
+)
+def test_only_a_model_of_rendered_faces_is_held_to_their_expressions(
+    act: Reenactor, source: Source, domain: str, expression: str
+) -> None:
+    act.manifest = replace(act.manifest, training=replace(act.manifest.training, domain=domain))
+    assert act.retargeter(source).settings.expression == expression
 
 
 def test_a_frozen_driver_gives_the_same_frame(
@@ -172,7 +184,7 @@ def test_one_of_several_faces_is_asked_for(toy_bundle: Path, portrait: Portrait)
         with pytest.raises(NoFace, match="--face N"):
             act.prepare(picture)
         chosen = act.prepare(picture, face=2)
-        wanted = crop_matrix(other.points, 32)
+        wanted = crop_matrix(other.points, 32, scale=act.manifest.crop.scale)
         np.testing.assert_array_equal(chosen.matrix, wanted)
         tracker.faces = []
         with pytest.raises(NoFace):

@@ -63,6 +63,25 @@ def test_a_wrong_list_of_timesteps_is_refused(listed: list[int]) -> None:
         schedule.timesteps(listed)
 
 
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_an_inversion_takes_the_constant_stride(kind: schedule.Prediction) -> None:
+    at = schedule.inversion_timesteps(kind, 20)
+    assert at.tolist() == schedule.timesteps(20).tolist()
+
+
+def test_an_inversion_by_x0_starts_where_there_is_noise() -> None:
+    assert schedule.inversion_timesteps("x0", 4).tolist() == [40, 280, 520, 760]
+    fifty = schedule.inversion_timesteps("x0", 50)
+    assert len(fifty) == 50 and fifty[0] == 40 and np.ptp(np.diff(fifty)) <= 1
+    assert schedule.inversion_timesteps("x0", 4, total=500).tolist() == [20, 140, 260, 380]
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 961])
+def test_an_inversion_of_no_or_too_many_steps_is_refused(steps: int) -> None:
+    with pytest.raises(SettingsError, match="wanted ascending"):
+        schedule.inversion_timesteps("x0", steps)
+
+
 def test_an_explicit_list_is_taken_as_it_is(table: schedule.Float64Array) -> None:
     at = schedule.timesteps((20, 300, 999))
     run = schedule.render_run("v", at, table)
