@@ -21,7 +21,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from diffusionact.errors import MediaError, NoFace
+from diffusionact.errors import MediaError, NoFace, SettingsError
 
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 FloatArray: TypeAlias = npt.NDArray[np.floating]
@@ -30,6 +30,9 @@ POINTS = 68
 EYE_A, EYE_B = slice(36, 42), slice(42, 48)  # the picture's left and right eye
 MOUTH_CORNERS = (48, 54)
 DEFAULT_FPS = 25.0  # for tracks that carry no times
+SIDECAR_SUFFIX = ".landmarks.npz"  # of a track that lies beside the picture or video it is of
+FLAT = 0.01  # extent across over extent along, of points that lie on a line rather than on a face
+LEAST_EXTENT_PX = 1e-3
 
 # Vertices of the 478-point face mesh; two numbers mean their middle.
 _MESH_TO_POINTS: tuple[tuple[int, ...], ...] = (
@@ -51,6 +54,7 @@ _MESH_FIRST = np.array([ids[0] for ids in _MESH_TO_POINTS])
 _MESH_SECOND = np.array([ids[-1] for ids in _MESH_TO_POINTS])
 _MESH_IRISES = (468, 473)
 MESH_POINTS = 478
+TRACK_ARRAYS = frozenset({"landmarks", "gaze", "pts_ns", "size"})
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,30 @@ class Landmarks:
 
     points: float32 [68,3], px (z in the scale of x, NaN where unknown);
     gaze: float32 [2,2], px, the iris of eye 36-41, then of eye 42-47; score: 0..1.
+
+    Raises: SettingsError for other shapes.
     """
 
     points: Float32Array
     gaze: Float32Array
     score: float = 1.0
+
+    def __post_init__(self) -> None:
+        shapes = np.shape(self.points), np.shape(self.gaze)
+        if shapes != ((POINTS, 3), (2, 2)):
+            raise SettingsError(
+                f"landmarks: points {list(shapes[0])}, gaze {list(shapes[1])}; wanted [68,3] with "
+                "NaN for a depth that is not known, and [2,2]"
+            )
+
+    @property
+    def is_face(self) -> bool:
+        """Whether motion can be read from it: x, y and gaze are finite and span an area."""
+        xy = np.asarray(self.points[:, :2], np.float64)
+        if not (np.isfinite(xy).all() and np.isfinite(self.gaze).all()):
+            return False
+        along, across = np.linalg.svd(xy - xy.mean(axis=0), compute_uv=False)
+        return bool(along > LEAST_EXTENT_PX and across > FLAT * along)
 
     def transformed(self, matrix: FloatArray) -> Landmarks:
         """Return the landmarks after an affine map [2,3] of x, y; z is scaled by its size."""
@@ -79,7 +102,7 @@ class Track:
     """The landmarks of a clip.
 
     landmarks: float32 [N,68,3], px; gaze: float32 [N,2,2], px; both NaN where no face was
-    found. pts_ns: int64 [N]; size: width and height of the pictures, px.
+    found. pts_ns: int64 [N], rising; size: width and height of the pictures, px.
     """
 
     landmarks: Float32Array
@@ -91,9 +114,8 @@ class Track:
         return len(self.landmarks)
 
     def __getitem__(self, index: int) -> Landmarks | None:
-        points = self.landmarks[index]
-        found = np.isfinite(points[:, :2]).all()
-        return Landmarks(points, self.gaze[index]) if found else None
+        face = Landmarks(self.landmarks[index], self.gaze[index])
+        return face if face.is_face else None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Return nothing; the file is complete or not there at all."""
@@ -109,12 +131,15 @@ class Track:
     def load(cls, path: str | os.PathLike[str]) -> Track:
         """Return the track of an .npz file: [N,68,2|3] px, or a face mesh [N,478,3] normalised.
 
-        Raises: MediaError when it is missing, no .npz, empty, or of other shapes.
+        Raises: MediaError when it is missing, no .npz, empty, of other shapes, or its times fall.
         """
         arrays = load_npz(path, "landmark track")
         if "landmarks" not in arrays or "size" not in arrays:
             raise MediaError(f"{path}: has {sorted(arrays)}; wanted the arrays landmarks and size")
-        raw, (width, height) = arrays["landmarks"], (int(v) for v in arrays["size"])
+        for name in TRACK_ARRAYS & arrays.keys():
+            if arrays[name].dtype.kind not in "iuf":
+                raise MediaError(f"{path}: {name} holds {arrays[name].dtype}; wanted numbers")
+        raw, (width, height) = arrays["landmarks"], _track_size(path, arrays["size"])
         if raw.ndim != 3 or not len(raw):
             raise MediaError(f"{path}: landmarks {list(raw.shape)}; wanted [N,68,3], N > 0")
         if raw.shape[1:] == (MESH_POINTS, 3):
@@ -133,7 +158,24 @@ class Track:
                 f"{path}: gaze {list(gaze.shape)}, pts_ns {list(pts_ns.shape)} do not fit "
                 f"landmarks {list(raw.shape)}"
             )
+        if not (np.isfinite(pts_ns).all() and (np.diff(pts_ns.astype(np.int64)) > 0).all()):
+            raise MediaError(
+                f"{path}: pts_ns do not rise from frame to frame; wanted the frames in order, "
+                "their times in nanoseconds. Without pts_ns the track plays at 25 frames a second"
+            )
         return cls(points, gaze, pts_ns.astype(np.int64), (width, height))
+
+
+def sidecar_path(media: str | os.PathLike[str]) -> Path:
+    """Return where the landmark track of a picture or video lies, beside it: NAME.landmarks.npz."""
+    return Path(media).with_suffix(SIDECAR_SUFFIX)
+
+
+def _track_size(path: str | os.PathLike[str], size: npt.NDArray[np.generic]) -> tuple[int, int]:
+    numbers = np.asarray(size, np.float64)
+    if numbers.shape != (2,) or not np.isfinite(numbers).all() or (numbers < 0).any():
+        raise MediaError(f"{path}: size {size.tolist()}; wanted width and height, px")
+    return int(numbers[0]), int(numbers[1])
 
 
 def from_mediapipe(mesh: FloatArray) -> Landmarks:

@@ -12,13 +12,12 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from diffusionact.landmarks import Float32Array, Landmarks, fit_similarity
+from diffusionact.landmarks import EYE_A, EYE_B, Float32Array, Landmarks, fit_similarity
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 # Points that expressions hardly move: ears, bridge and base of the nose, corners of the eyes.
 RIGID = np.array([0, 1, 15, 16, *range(27, 36), 36, 39, 42, 45])
-EYES = (np.arange(36, 42), np.arange(42, 48))
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def take_apart(face: Landmarks, reference: FloatArray) -> Head:
     unposed = (points - translation) @ rotation / scale
     # The irises have no depth of their own: they lie on the plane through their eye's corners
     # and lids, and seen along z only one point of that plane matches.
-    depths = np.array([unposed[eye, 2].mean() for eye in EYES])
+    depths = np.array([unposed[eye, 2].mean() for eye in (EYE_A, EYE_B)])
     seen = (face.gaze - translation[:2]) / scale - depths[:, None] * rotation[:2, 2]
     flat = np.linalg.solve(rotation[:2, :2], seen.T).T
     gaze = np.concatenate([flat, depths[:, None]], axis=1)

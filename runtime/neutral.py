@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from diffusionact.errors import NoFace
-from diffusionact.landmarks import Landmarks
+from diffusionact.landmarks import MOUTH_CORNERS, Landmarks
 from diffusionact.morphable import angles
 from diffusionact.runtime.headpose import FloatArray, Head, take_apart
 
@@ -15,7 +15,6 @@ from diffusionact.runtime.headpose import FloatArray, Head, take_apart
 LID_PAIRS = (((37, 41), (38, 40)), ((43, 47), (44, 46)))
 LID_CORNERS = ((36, 39), (42, 45))
 INNER_LIPS = ((61, 67), (62, 66), (63, 65))
-MOUTH_CORNERS = (48, 54)
 
 # What counts as much as what, when the calmest frame is looked for.
 POSE_UNIT_DEG, MOUTH_UNIT, LID_UNIT, WIDTH_UNIT = 15.0, 0.08, 0.15, 0.1
@@ -25,14 +24,14 @@ CALM_SHARE = 0.08  # of the frames, whose median is the neutral face
 def calmest(faces: Iterable[Landmarks | None], mean_face: FloatArray) -> Head:
     """Return the neutral face of a clip: most frontal, mouth closed, eyes open.
 
-    faces: px, None where none was seen; mean_face: [68,3], head units.
+    faces: px, None or no face's points where none was seen; mean_face: [68,3], head units.
     Raises: NoFace when there is none at all.
     """
-    heads = [take_apart(face, mean_face) for face in faces if face is not None]
+    heads = [take_apart(face, mean_face) for face in faces if face is not None and face.is_face]
     if not heads:
         raise NoFace("no face in any frame of the driver; wanted at least one that is seen well")
     pose = np.array([angles(head.rotation) for head in heads])
-    mouth = np.array([mouth_opening(head.points) for head in heads])
+    mouth = np.array([lip_gap(head.points) for head in heads])
     lids = np.array([lid_openings(head.points).mean() for head in heads])
     width = np.array([mouth_width(head.points) for head in heads])
     usual = max(float(np.median(lids)), 1e-3)
@@ -63,7 +62,7 @@ def mouth_width(points: FloatArray) -> float:
     return float(np.linalg.norm(points[MOUTH_CORNERS[1]] - points[MOUTH_CORNERS[0]]))
 
 
-def mouth_opening(points: FloatArray) -> float:
+def lip_gap(points: FloatArray) -> float:
     """Gap of the inner lips over the mouth's width; below 0 where they cross."""
     gap = np.mean([points[low, 1] - points[up, 1] for up, low in INNER_LIPS])
     return float(gap) / max(mouth_width(points), 1e-6)

@@ -136,6 +136,11 @@ class Reenactor:
         if landmarks is None:
             landmarks = portrait_face(self.tracker.detect(portrait_bgr), face)
             self._warn_of_photo()
+        if not landmarks.is_face:
+            raise NoFace(
+                "the portrait's landmarks span no face, or are not finite; give all 68 points and "
+                "both irises in pixels, or none, to have them tracked"
+            )
         side, how = self.manifest.image_size, self.manifest.crop
         matrix = crop_matrix(landmarks.points, side, how.rotate, how.scale)
         crop = warp_crop(bgr_to_rgb(portrait_bgr), matrix, side)
@@ -150,7 +155,7 @@ class Reenactor:
         """Return the portrait with the driver's motion.
 
         driver: a picture, uint8 [H,W,3] BGR, or its landmarks in its own px, or None where no
-        face was seen; pts_ns: the frame's time, for smoothing. While no face is seen the portrait
+        face was seen (as points that are no face, or not finite); pts_ns: the frame's time, for smoothing. While no face is seen the portrait
         holds its last motion, then eases to rest. Motion is relative to the session's neutral
         face; another source starts another session.
 
@@ -162,7 +167,7 @@ class Reenactor:
             watch.lap("track")
         target = self.retargeter(source).target(driver, pts_ns)
         watch.lap("retarget")
-        return self._render(target, source, watch, driver is not None)
+        return self._render(target, source, watch, driver is not None and driver.is_face)
 
     def render(self, target: Landmarks, source: Source) -> Result:
         """Return the portrait with exactly these landmarks, given in crop px: no retargeting.

@@ -15,19 +15,15 @@ import numpy as np
 from diffusionact.landmarks import Landmarks
 from diffusionact.morphable import Morphable, angles, rendered_face, rotation
 from diffusionact.runtime.expression import Expression, FreeExpression, ModelExpression
-from diffusionact.runtime.headpose import (
-    FloatArray,
-    Head,
-    take_apart,
-)
+from diffusionact.runtime.headpose import FloatArray, Head, take_apart
 from diffusionact.runtime.neutral import (
     INNER_LIPS,
     LID_CORNERS,
     LID_PAIRS,
     calmest,
     lid_openings,
+    lip_gap,
     middle,
-    mouth_opening,
     mouth_width,
 )
 from diffusionact.runtime.smoothing import OneEuro
@@ -129,7 +125,7 @@ class Retargeter:
         """
         if driver is not None:
             neutral = calmest(driver, self._mean)
-            if mouth_opening(neutral.points) > LIPS_APART:  # smiling or talking all the time
+            if lip_gap(neutral.points) > LIPS_APART:  # smiling or talking all the time
                 closed = self._expression.without_expression(neutral.points)
                 neutral = replace(neutral, points=closed)
             self._neutral, self._first_second = neutral, None
@@ -140,12 +136,14 @@ class Retargeter:
     def target(self, driver: Landmarks | None, pts_ns: int | None = None) -> Landmarks:
         """Return the source's landmarks moved as the driver's, crop px.
 
-        driver: px of its own picture, None where no face was seen; pts_ns: its time.
+        driver: px of its own picture, None where no face was seen, and points that are no face
+        count as that; pts_ns: its time.
         """
         now_ns = self._now_ns + STEP_NS if pts_ns is None else pts_ns
         step_s = max(now_ns - self._now_ns, 1_000_000) / 1e9
         self._now_ns = now_ns
-        self._shown = self._follow(None if driver is None else self._motion(driver), step_s)
+        motion = self._motion(driver) if driver is not None and driver.is_face else None
+        self._shown = self._follow(motion, step_s)
         return self._posed(self._shown)
 
     def _follow(self, motion: FloatArray | None, step_s: float) -> FloatArray:

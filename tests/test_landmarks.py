@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from diffusionact import landmarks as lm
-from diffusionact.errors import MediaError, NoFace
+from diffusionact.errors import MediaError, NoFace, SettingsError
 from diffusionact.landmarks import Landmarks, Track
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "image_small.npz")
@@ -46,6 +46,23 @@ def sample_bilinear(
     upper = image[top, left] * (1 - right_part) + image[top, left + 1] * right_part
     lower = image[top + 1, left] * (1 - right_part) + image[top + 1, left + 1] * right_part
     return (upper * (1 - lower_part) + lower * lower_part).reshape(side, side, 3)
+
+
+@pytest.mark.parametrize(
+    ("points", "gaze"), [((68, 2), (2, 2)), ((1, 68, 3), (2, 2)), ((68, 3), (2, 3)), ((68, 3), ())]
+)
+def test_landmarks_of_other_shapes_are_refused(
+    points: tuple[int, ...], gaze: tuple[int, ...]
+) -> None:
+    with pytest.raises(SettingsError, match=r"wanted \[68,3\]"):
+        Landmarks(np.zeros(points, np.float32), np.zeros(gaze, np.float32))
+
+
+def test_a_track_holds_a_face_only_where_all_of_it_is_known() -> None:
+    track = a_track()
+    track.gaze[0, 1] = np.nan
+    track.landmarks[1] = 3.0
+    assert track[0] is None and track[1] is None and track[2] is not None
 
 
 @pytest.mark.parametrize("case", ["inside", "small"])
@@ -172,6 +189,17 @@ def test_points_without_depth_are_read_as_unknown_depth(tmp_path: Path) -> None:
     assert track[0] is not None and np.isnan(track.landmarks[0, :, 2]).all()
 
 
+def one_face(**arrays: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays of a good track of two frames, but for those given."""
+    good = {
+        "landmarks": np.zeros((2, 68, 3)),
+        "gaze": np.zeros((2, 2, 2)),
+        "pts_ns": np.array([0, 40]),
+        "size": np.array([4, 4]),
+    }
+    return {**good, **arrays}
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -186,6 +214,16 @@ def test_points_without_depth_are_read_as_unknown_depth(tmp_path: Path) -> None:
             },
             "do not fit",
         ),
+        (one_face(size=np.array([4, 4, 3])), "size .* wanted width and height"),
+        (one_face(size=np.array(4)), "size .* wanted width and height"),
+        (one_face(size=np.array([np.nan, 4])), "size .* wanted width and height"),
+        (one_face(size=np.array(["4", "4"])), "size holds <U1"),
+        (one_face(landmarks=np.full((2, 68, 3), "a")), "landmarks holds"),
+        (one_face(gaze=np.full((2, 2, 2), b"a")), "gaze holds"),
+        (one_face(pts_ns=np.array(["0", "1"])), "pts_ns holds"),
+        (one_face(pts_ns=np.array([0.0, np.nan])), "do not rise"),
+        (one_face(pts_ns=np.array([40, 0])), "do not rise"),
+        (one_face(pts_ns=np.array([7, 7])), "do not rise"),
     ],
 )
 def test_a_track_of_other_shapes_is_refused(

@@ -256,3 +256,17 @@ def test_the_runtime_loads_no_torch_and_no_onnx(toy_bundle: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[0].replace("'", "").startswith("[] [")
+
+
+def test_landmarks_that_are_no_face_are_refused_as_portrait_and_lost_as_driver(
+    toy_bundle: Path, portrait: Portrait
+) -> None:
+    image, face = portrait
+    blind = Landmarks(face.points, np.full((2, 2), np.nan, np.float32))
+    with Reenactor.load(toy_bundle) as act:
+        with pytest.raises(NoFace, match="both irises"):
+            act.prepare(image, landmarks=blind)
+        source = act.prepare(image, landmarks=face)
+        result = act.reenact(blind, source)
+    assert not result.seen
+    assert np.isfinite(result.landmarks.points).all() and np.isfinite(result.landmarks.gaze).all()

@@ -18,7 +18,7 @@ from diffusionact.runtime.neutral import (
     LID_PAIRS,
     calmest,
     lid_openings,
-    mouth_opening,
+    lip_gap,
     mouth_width,
 )
 from diffusionact.runtime.retarget import Retargeter, RetargetSettings, iris_place, soft_limit
@@ -79,7 +79,7 @@ def measured(face: Landmarks) -> dict[str, float]:
     gaze_x, gaze_y = iris_place(head)
     return {
         "yaw": yaw, "pitch": pitch, "roll": roll,
-        "mouth": mouth_opening(head.points) * mouth_width(head.points),
+        "mouth": lip_gap(head.points) * mouth_width(head.points),
         "width": mouth_width(head.points), "lids": float(lid_openings(head.points).mean()),
         "gaze_x": gaze_x, "gaze_y": gaze_y,
     }  # fmt: skip
@@ -295,6 +295,34 @@ def test_sessions_share_nothing(source: Landmarks) -> None:
 def test_a_clip_without_a_face_has_no_neutral(source: Landmarks) -> None:
     with pytest.raises(NoFace, match="no face in any frame"):
         Retargeter(source).calibrate([None, None])
+
+
+def broken(face: Landmarks, how: str) -> Landmarks:
+    points, gaze = face.points.copy(), face.gaze.copy()
+    if how == "gaze unknown":
+        gaze[0] = np.nan
+    elif how == "a point unknown":
+        points[30, 0] = np.inf
+    elif how == "all on one point":
+        points[:] = points[30]
+    else:
+        points[:, 0] = 7.0
+    return Landmarks(points, gaze)
+
+
+@pytest.mark.parametrize(
+    "how", ["gaze unknown", "a point unknown", "all on one point", "all on one line"]
+)
+def test_what_is_no_face_counts_as_none(source: Landmarks, how: str) -> None:
+    turned = rendered_driver((20, 0, 0), {JAW_OPEN: 0.5})
+    faces = [rendered_driver(), *[turned] * 5, *[None] * 40, *[turned] * 5]
+    odd = [broken(turned, how) if face is None else face for face in faces]
+    due, seen = retargeted(source, faces), retargeted(source, odd)
+    for a, b in zip(due, seen, strict=True):
+        np.testing.assert_array_equal(a.points, b.points)
+        np.testing.assert_array_equal(a.gaze, b.gaze)
+    with pytest.raises(NoFace):
+        Retargeter(source).calibrate([broken(turned, how)])
 
 
 def test_the_calmest_face_is_frontal_and_shut(source: Landmarks) -> None:
