@@ -266,6 +266,42 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(recipe_path: Path, tmp_p
         )
 
 
+def test_a_new_run_leaves_the_checkpoint_of_another_alone(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    run = trainer(recipe_path, tmp_path / "run")
+    run.save()
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    with pytest.raises(SettingsError, match=r"last\.pt is .* --resume, .* with -o"):
+        loop.train(recipe_path, out=tmp_path / "run", device="cpu")
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def test_weights_name_every_recipe_of_their_run(
+    recipe_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    last = tmp_path / "run" / "last.pt"
+    trainer(recipe_path, tmp_path / "run").save()
+    content = torch.load(last, weights_only=True)
+    del content["earlier_recipes"]  # as checkpoints were before it
+    torch.save(content, last)
+    digests = [content["recipe"]]
+    for line in ("", "# edited\n", "# and again\n"):
+        recipe_path.write_text(recipe_path.read_text() + line)
+        run = trainer(recipe_path, tmp_path / "run")
+        caplog.clear()
+        run.resume()
+        assert len(caplog.records) == (line != "")
+        if line:
+            digests.append(run.recipe.digest)
+            assert digests[-2] in caplog.text and digests[-1] in caplog.text
+        run.save()
+    loop.finish(run.state, run.recipe, Path(run.recipe.weights))
+    provenance = weights.load(run.recipe.weights).provenance
+    assert provenance["earlier_recipes_sha256"] == digests[:2]
+    assert provenance["recipe_sha256"] == digests[2]
+
+
 def plain_stage() -> StageRecipe:
     return StageRecipe("autoencoder", images=16, batch=4, cached_noise=0.0, warmup_steps=1)
 

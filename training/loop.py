@@ -44,11 +44,16 @@ def train(
     signal; `resume` goes on from its last checkpoint.
 
     Raises:
-        SettingsError: the recipe, the pool or the checkpoint does not fit.
+        SettingsError: the recipe, pool or checkpoint does not fit, or the folder is another run's.
         DeviceError: the device is not there.
     """
     recipe = load_recipe(recipe_path)
-    folder = Path(out) if out is not None else Path("runs") / recipe.name
+    folder = _folder(recipe, out)
+    if not resume and (folder / "last.pt").exists():
+        raise SettingsError(
+            f"{folder / 'last.pt'} is the checkpoint of another run, which a new one would "
+            "overwrite; go on with it by --resume, or name another folder with -o"
+        )
     trainer = Trainer(recipe, folder, choose_device(device))
     if resume:
         trainer.resume()
@@ -64,7 +69,7 @@ def finish_early(recipe_path: str | Path, out: str | Path | None = None) -> Path
         SettingsError: there is no checkpoint, or the last stage has not begun in it.
     """
     recipe = load_recipe(recipe_path)
-    folder = Path(out) if out is not None else Path("runs") / recipe.name
+    folder = _folder(recipe, out)
     trainer = Trainer(recipe, folder, torch.device("cpu"))
     trainer.resume()
     progress, last = trainer.state.progress, len(recipe.stages) - 1
@@ -75,6 +80,10 @@ def finish_early(recipe_path: str | Path, out: str | Path | None = None) -> Path
         )
     finish(trainer.state, recipe, Path(recipe.weights))
     return Path(recipe.weights)
+
+
+def _folder(recipe: Recipe, out: str | Path | None) -> Path:
+    return Path(out) if out is not None else Path("runs") / recipe.name
 
 
 def choose_device(name: str) -> torch.device:
@@ -110,7 +119,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Goes back to the last checkpoint of the folder."""
-        self._optimizer_state = self.state.load(self.folder / "last.pt")
+        self._optimizer_state = self.state.load(self.folder / "last.pt", self.recipe)
 
     def run(self) -> bool:
         """Trains the stages that are left; True when all are done, False when stopped."""
@@ -243,8 +252,7 @@ class Trainer:
         psnrs = scores(rows, self.pairs)
         name = f"{self.state.progress.stage}-{stage.kind}-{self.state.progress.images:08d}"
         write_sheet(self.folder / f"sheet-{name}.png", rows, self.pairs, psnrs)
-        record = {"sheet": name, "psnr": psnrs}
-        _append(self.folder / "curves.jsonl", record)
+        _append(self.folder / "curves.jsonl", {"sheet": name, "psnr": psnrs})
         log.info("sheet %s: %s", name, ", ".join(f"{k} {v:.1f}" for k, v in psnrs.items()))
         return psnrs
 
@@ -330,8 +338,8 @@ def finish(state: State, recipe: Recipe, path: Path) -> None:
 
     provenance = {
         "recipe": recipe.name, "recipe_sha256": recipe.digest, "commit": _commit(),
-        "images_seen": state.progress.seen, "data": "rendered faces",
-        "complete": state.progress.stage >= len(recipe.stages),
+        "earlier_recipes_sha256": state.earlier_recipes, "images_seen": state.progress.seen,
+        "complete": state.progress.stage >= len(recipe.stages), "data": "rendered faces",
     }  # fmt: skip
     parts = {"render": state.ema["unet"], "encoder": state.ema["encoder"],
              "reenactment": state.ema["reenactment"]}  # fmt: skip
@@ -378,7 +386,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--finish", action="store_true", help=finish_early.__doc__)
-    parser.add_argument("--out")
+    parser.add_argument("-o", "--out")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from diffusionact.training.config import Recipe
 from diffusionact.training.losses import Heads, HeadTargets
 from diffusionact.training.models import PRESETS, ReenactmentEncoder, SemanticEncoder, UNet
 from diffusionact.training.models.config import NetworkConfig
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 BACKGROUND = 1 / 127.5 - 1  # of a drawing, as the network sees it
@@ -37,7 +40,8 @@ class Progress:
 
 
 class State:
-    """`live` are the networks that the optimiser moves, `ema` their moving averages."""
+    """`live` are the networks that the optimiser moves, `ema` their moving averages;
+    `earlier_recipes` the digests, oldest first, of the recipes that the run began under."""
 
     def __init__(self, recipe: Recipe, targets: HeadTargets, device: torch.device) -> None:
         if recipe.network.lower() not in PRESETS:
@@ -55,6 +59,7 @@ class State:
         self.live = live.to(device)
         self.ema = copy.deepcopy(self.live).requires_grad_(False)
         self.progress = Progress()
+        self.earlier_recipes: list[str] = []
         self.optimizer: torch.optim.Optimizer | None = None
 
     @property
@@ -74,10 +79,10 @@ class State:
         for networks in (self.live, self.ema):
             reenactment = cast(ReenactmentEncoder, networks["reenactment"])
             reenactment.controlnet.load_state_dict(encoder)
-            drawing = reenactment.zero_conv_1
+            drawing = cast(nn.Conv2d, reenactment.zero_conv_1)
             with torch.no_grad():
                 drawing.weight.copy_(gain * torch.eye(3)[:, :, None, None])
-                drawing.bias.fill_(-gain * BACKGROUND)  # type: ignore[operator, union-attr]
+                cast(Tensor, drawing.bias).fill_(-gain * BACKGROUND)
 
     def restart_from_average(self) -> None:
         """Sets the live networks to their averages."""
@@ -96,6 +101,7 @@ class State:
         content = {
             "format": FORMAT,
             "recipe": recipe.digest,
+            "earlier_recipes": self.earlier_recipes,
             "progress": vars(self.progress),
             "live": self.live.state_dict(),
             "ema": self.ema.state_dict(),
@@ -105,8 +111,9 @@ class State:
         torch.save(content, part)
         os.replace(part, path)
 
-    def load(self, path: Path) -> dict[str, Any] | None:
-        """Takes over the checkpoint; returns the optimiser's state, if it holds one.
+    def load(self, path: Path, recipe: Recipe) -> dict[str, Any] | None:
+        """Takes over the checkpoint; returns the optimiser's state, if it holds one. A recipe that
+        was edited since is taken, with a warning.
 
         Raises:
             SettingsError: no checkpoint there, or of another format or network.
@@ -122,5 +129,13 @@ class State:
         except RuntimeError as error:
             raise SettingsError(f"{path} holds another network than the recipe: {error}") from error
         self.progress = Progress(**content["progress"])
+        self.earlier_recipes = [*content.get("earlier_recipes", [])]  # not in older checkpoints
+        if content["recipe"] != recipe.digest:
+            self.earlier_recipes.append(content["recipe"])
+            log.warning(
+                "%s was saved under recipe %s and goes on under %s: the run is no longer what "
+                "either of them says alone; the weights will name both",
+                path, content["recipe"], recipe.digest,
+            )  # fmt: skip
         optimizer: dict[str, Any] | None = content["optimizer"]
         return optimizer
