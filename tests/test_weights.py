@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,17 @@ def test_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
         for name, tensor in network.state_dict().items():
             assert torch.equal(state[name], tensor.to(dtype).float())
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_the_file_follows_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        weights.save(tmp_path / "w.safetensors", TINY, networks(), provenance={})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "w.safetensors").stat().st_mode) == mode
 
 
 def test_a_loaded_network_runs_and_is_frozen(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from diffusionact.errors import SettingsError
@@ -90,7 +90,7 @@ def save(
     }
     target = Path(path)
     part_path = target.with_name(f".part-{target.name}")
-    save_file(tensors, part_path, metadata)
+    part_path.write_bytes(to_bytes(tensors, metadata))  # save_file's are for the owner alone
     os.replace(part_path, target)
 
 
