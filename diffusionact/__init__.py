@@ -1,4 +1,4 @@
-"""One-shot face reenactment with a diffusion autoencoder, on ONNX and TensorRT.
+"""One-shot face reenactment with a diffusion autoencoder, on ONNX.
 
     from diffusionact import Reenactor, bundle_path
 

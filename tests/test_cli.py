@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import pytest
 
-from diffusionact import bundle_path, cli
+from diffusionact import cli
 from diffusionact.errors import SettingsError
 from diffusionact.landmarks import Landmarks, Track
 from diffusionact.progress import Progress
@@ -296,7 +296,6 @@ def test_progress_says_nothing_after_an_error(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.skipif(not bundle_path().is_dir(), reason="the model is not in this checkout yet")
 def test_the_demo_with_the_shipped_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
