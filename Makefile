@@ -7,7 +7,8 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 INSTALL := $(PIP) install --no-warn-conflicts -c constraints.txt
 WANTED := pyproject.toml constraints.txt CMakeLists.txt $(wildcard runtime/kernels/*.cu)
-PYTEST := $(VENV)/bin/python -m pytest
+# The networks of the tests are tiny: a second thread would mostly wait for the first.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
 .PHONY: help env dev demo test test-slow lint clean
 help:
@@ -18,8 +19,11 @@ demo: env
 	$(VENV)/bin/diffusionact demo
 
 ## make test       install all tools, then ruff, mypy and the tests (make test-slow: the long ones)
-test: lint
-	$(PYTEST) -m "not slow"
+test: dev
+	@status=0; \
+	$(MAKE) --no-print-directory lint || status=$$?; \
+	$(PYTEST) -m "not slow" || status=$$?; \
+	exit $$status
 
 test-slow: dev
 	$(PYTEST) -m slow
