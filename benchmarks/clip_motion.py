@@ -24,8 +24,8 @@ from diffusionact.errors import MediaError, SettingsError
 from diffusionact.evaluation import metrics
 from diffusionact.image import bgr_to_rgb, warp_crop
 from diffusionact.landmarks import Landmarks, Track, crop_matrix
-from diffusionact.runtime.clip import prepare_portrait, start_session, track_driver
-from diffusionact.runtime.media import FRAME_NS, open_reader, sidecar_track
+from diffusionact.runtime.clip import driver_motion, prepare_portrait, start_session
+from diffusionact.runtime.media import FRAME_NS, open_reader
 from diffusionact.runtime.reenactor import Reenactor
 from diffusionact.runtime.source import Source
 from diffusionact.training.models.judge import Judge, Reading, load_judge
@@ -119,14 +119,14 @@ def reenact_clip(act: Reenactor, source: Source, driver: str | Path) -> Made:
 
     Raises: MediaError when the driver is no video, NoFace when none is found in it.
     """
-    reader, known = open_reader(driver), sidecar_track(driver)
-    track = track_driver(act, reader).track if known is None else known
+    reader = open_reader(driver)
+    track = driver_motion(act, reader).track
     start_session(act, source, track)
     matrix, side = _fixed_crop(track, act), act.manifest.image_size
     seen, made, last = [], [], None
-    for i, frame in enumerate(open_reader(driver)):
-        if frame.image_bgr is None or i >= len(track):
-            raise MediaError(f"{driver}: wanted a video of {len(track)} frames with pictures")
+    for i, frame in enumerate(reader):
+        if frame.image_bgr is None:
+            raise MediaError(f"{driver}: a landmark track has no pictures; wanted a video")
         result = act.reenact(track[i], source, frame.pts_ns)
         if (face := track[i]) is not None:
             last = face, frame.pts_ns

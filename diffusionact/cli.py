@@ -65,10 +65,10 @@ def demo(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Move a portrait with a driver."""
-    from diffusionact.progress import Progress
+    from diffusionact.progress import StageProgress
     from diffusionact.runtime.clip import run_clip
 
-    with _reenactor(arguments) as act, Progress("run", quiet=arguments.quiet) as progress:
+    with _reenactor(arguments) as act, StageProgress(quiet=arguments.quiet) as progress:
         report = run_clip(
             act,
             arguments.source,

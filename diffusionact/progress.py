@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 # done so far, and the total where it is known; called after every unit of work.
 ProgressCallback: TypeAlias = Callable[[int, "int | None"], None]
+# the name of a stage, then the same; stages follow one another.
+StageCallback: TypeAlias = Callable[[str, int, "int | None"], None]
 
 LINE_INTERVAL_S = 5.0  # between plain lines: a log of minutes stays readable
 
@@ -62,3 +64,32 @@ class Progress:
         rate = done / max(self._printed_s - self._started_s, 1e-9)
         of = f" of {total}" if total else ""
         print(f"{self._title}: {done}{of} {self._unit}s, {rate:.1f} a second", file=sys.stderr)
+
+
+class StageProgress:
+    """A `StageCallback` that prints one bar after another; use it as a context manager."""
+
+    def __init__(self, unit: str = "frame", quiet: bool = False) -> None:
+        self._unit = unit
+        self._quiet = quiet
+        self._stage = ""
+        self._bar: Progress | None = None
+
+    def __call__(self, stage: str, done: int, total: int | None = None) -> None:
+        """Return nothing; shows `done` of `total` of a stage."""
+        if self._bar is None or stage != self._stage:
+            self.__exit__(None, None, None)
+            self._stage, self._bar = stage, Progress(stage, self._unit, self._quiet)
+        self._bar(done, total)
+
+    def __enter__(self) -> StageProgress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(kind, error, trace)

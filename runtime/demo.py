@@ -18,8 +18,8 @@ from diffusionact.condition import Drawing, draw_condition
 from diffusionact.errors import MediaError
 from diffusionact.landmarks import Landmarks, Track
 from diffusionact.progress import ProgressCallback
-from diffusionact.runtime.clip import prepare_portrait, start_session, track_driver
-from diffusionact.runtime.media import Image, VideoReader, open_reader, sidecar_track
+from diffusionact.runtime.clip import driver_motion, prepare_portrait, start_session
+from diffusionact.runtime.media import Image, VideoReader, open_reader
 from diffusionact.runtime.reenactor import Reenactor, Result
 from diffusionact.runtime.sheet import contact_sheet, fit_square, panels
 from diffusionact.runtime.source import Source
@@ -61,7 +61,7 @@ def run_demo(
     if not isinstance(reader, VideoReader):
         raise MediaError(f"{reader.name}: the demo shows its driver; wanted a video")
     source = prepare_portrait(act, portrait or _first_portrait())
-    track = sidecar_track(reader.path) or track_driver(act, reader).track
+    track = driver_motion(act, reader).track
     start_session(act, source, track)
     video, sheet = folder / "demo.mp4", folder / "demo.png"
     with open_writer(sheet) as picture:
@@ -87,8 +87,8 @@ def _film(
     watch = StopWatch()
     with open_writer(video, time_base=reader.time_base, audio_from=reader.path) as writer:
         for i, frame in enumerate(reader):
-            if i >= len(track) or frame.image_bgr is None:
-                raise MediaError(f"{reader.name}: more frames than its track's {len(track)}")
+            if frame.image_bgr is None:
+                raise TypeError("a video has pictures")
             watch.lap("read")
             result = act.reenact(track[i], source, frame.pts_ns)
             watch.lap("")  # reenact has its own stages
@@ -104,8 +104,6 @@ def _film(
                 moments.append((frame.image_bgr, _drawn(result), result.frame))
             if progress is not None:
                 progress(i + 1, len(track))
-        if len(times) != len(track):
-            raise MediaError(f"{reader.name}: {len(times)} frames, its track has {len(track)}")
     return times, moments
 
 

@@ -126,12 +126,6 @@ def read_image(path: str | Path) -> Image:
     return np.asarray(image, np.uint8)
 
 
-def sidecar_track(path: str | Path) -> Track | None:
-    """Return the track that lies beside a picture or video under its name, if one does."""
-    beside = Path(path).with_suffix(TRACK_SUFFIX)
-    return Track.load(beside) if beside.is_file() and beside != Path(path) else None
-
-
 @dataclass(frozen=True)
 class FolderReader:
     """Pictures in the order of the numbers in their names; a single picture is a folder of one."""

@@ -20,7 +20,7 @@ import pytest
 from diffusionact import cli
 from diffusionact.errors import SettingsError
 from diffusionact.landmarks import Landmarks, Track
-from diffusionact.progress import Progress
+from diffusionact.progress import Progress, StageProgress
 
 Portrait = tuple["np.ndarray[Any, np.dtype[np.uint8]]", Landmarks]
 FRAMES = 5
@@ -54,7 +54,7 @@ def files(portrait: Portrait, tmp_path: Path) -> tuple[Path, Path]:
     image, face = portrait
     size = (image.shape[1], image.shape[0])
     cv2.imwrite(str(tmp_path / "portrait.png"), image)
-    track(face, 1, size).save(tmp_path / "portrait.npz")
+    track(face, 1, size).save(tmp_path / "portrait.landmarks.npz")
     track(face, FRAMES, size).save(tmp_path / "driver.npz")
     return tmp_path / "portrait.png", tmp_path / "driver.npz"
 
@@ -287,6 +287,21 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixt
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("work: 3 of 3 frames") and err.count("\n") == 1
+
+
+def test_stages_of_progress_follow_one_another(capsys: pytest.CaptureFixture[str]) -> None:
+    with StageProgress() as progress:
+        for stage in ("track", "render"):
+            for done in range(1, 3):
+                progress(stage, done, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "track: 2 of 2 frames",
+        "render: 2 of 2 frames",
+    ]
+    with StageProgress(quiet=True) as progress:
+        progress("track", 1, 2)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_progress_says_nothing_after_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,14 +14,16 @@ import numpy.typing as npt
 import pytest
 
 from diffusionact.errors import MediaError, NoFace, SettingsError
-from diffusionact.landmarks import Landmarks, Track
-from diffusionact.runtime.clip import run_clip
-from diffusionact.runtime.media import FRAME_NS, open_reader, read_image
+from diffusionact.landmarks import Landmarks, Track, sidecar_path
+from diffusionact.runtime.clip import driver_motion, prepare_portrait, run_clip
+from diffusionact.runtime.media import FRAME_NS, VideoReader, open_reader, read_image
 from diffusionact.runtime.reenactor import Reenactor, Settings
 from diffusionact.runtime.writer import make_track, open_writer
 
 UInt8Array = npt.NDArray[np.uint8]
 GOLDEN = Path(__file__).parent / "golden"
+TIMES_NS = (0, 20_000_000, 90_000_000, 110_000_000, 200_000_000)  # whole ticks of 1/90000 s
+SLOW_MS = 2.0
 
 
 class ScriptedTracker:
@@ -40,6 +45,12 @@ class ScriptedTracker:
         pass
 
 
+class SlowTracker(ScriptedTracker):
+    def track(self, image_bgr: UInt8Array) -> Landmarks:
+        time.sleep(SLOW_MS / 1000)
+        return super().track(image_bgr)
+
+
 @pytest.fixture
 def act(toy_bundle: Path) -> Iterator[Reenactor]:
     with Reenactor.load(toy_bundle) as made:
@@ -52,7 +63,7 @@ def portrait_file(tmp_path: Path, portrait: tuple[UInt8Array, Landmarks]) -> Pat
     image, face = portrait
     path = tmp_path / "portrait.png"
     cv2.imwrite(str(path), image)
-    make_track([face], [0], (image.shape[1], image.shape[0])).save(path.with_suffix(".npz"))
+    make_track([face], [0], (image.shape[1], image.shape[0])).save(sidecar_path(path))
     return path
 
 
@@ -119,7 +130,7 @@ def test_a_picture_drives_a_picture(
     with Reenactor.load(toy_bundle, tracker=ScriptedTracker(moving(face, 10))) as act:
         run_clip(act, portrait_file, tmp_path / "open.png", tmp_path / "out.png")
         source = act.prepare(read_image(portrait_file), landmarks=Track.load(
-            portrait_file.with_suffix(".npz"))[0])  # fmt: skip
+            sidecar_path(portrait_file))[0])  # fmt: skip
         rest = act.rest(source).frame
     moved = read_image(tmp_path / "out.png")
     assert moved.shape == rest.shape
@@ -139,7 +150,7 @@ def test_a_track_is_written_without_rendering(
     np.testing.assert_array_equal(made.pts_ns, driver.pts_ns)
     image = read_image(portrait_file)
     assert made.size == (image.shape[1], image.shape[0])
-    known = Track.load(portrait_file.with_suffix(".npz")).landmarks[0]
+    known = Track.load(sidecar_path(portrait_file)).landmarks[0]
     # in the portrait's pixels, and no further from its face than a face moves
     assert np.abs(made.landmarks[:, :, :2] - known[:, :2]).max() < 0.3 * np.ptp(known[:, 0])
 
@@ -181,32 +192,149 @@ def test_what_cannot_be_done_is_refused_before_the_work(
         (tmp_path / "missing.mp4", tmp_path / "out.mp4", MediaError, "no such file"),
         (track, portrait_file / "out.mp4", MediaError, "cannot be written"),
         (portrait_file, portrait_file, MediaError, "overwrite"),
+        (track, tmp_path / "sub" / ".." / "portrait.landmarks.npz", MediaError, "landmarks of"),
     ):
         with pytest.raises(kind, match=word):
             run_clip(act, portrait_file, driver, output)
 
 
-def test_progress_rises_to_the_end(
+def test_each_stage_has_its_own_progress_to_an_honest_end(
     toy_bundle: Path, portrait_file: Path, face: Landmarks, tmp_path: Path
 ) -> None:
-    seen: list[tuple[int, int | None]] = []
+    seen: list[tuple[str, int, int | None]] = []
     driver = folder_of(tmp_path / "driver", 6)
     with Reenactor.load(toy_bundle, tracker=ScriptedTracker(moving(face, 6))) as act:
         run_clip(act, portrait_file, driver, tmp_path / "out.mp4",
-                 progress=lambda done, total: seen.append((done, total)))  # fmt: skip
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert len(seen) == 12
-    assert seen[-1] == (6, 6)
+                 progress=lambda stage, done, total: seen.append((stage, done, total)))  # fmt: skip
+    track = [("track", i, 6) for i in range(1, 7)]
+    assert seen == [*track, track[-1], *(("render", i, 6) for i in range(1, 7))]
 
 
-def test_a_track_beside_a_video_takes_the_trackers_place(
+def test_a_header_that_promises_too_little_does_not_break_the_bar(
+    toy_bundle: Path, portrait_file: Path, face: Landmarks, tmp_path: Path
+) -> None:
+    seen: list[tuple[int, int | None]] = []
+    reader = replace(VideoReader.probe(video(tmp_path / "driver.mp4", 5, face)), length=3)
+    with Reenactor.load(toy_bundle, tracker=ScriptedTracker([face] * 256)) as act:
+        driver_motion(act, reader, lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3), (4, 4), (5, 5), (5, 5)]
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.npz"])
+def test_the_table_shows_every_stage(
+    toy_bundle: Path, portrait_file: Path, face: Landmarks, tmp_path: Path, name: str
+) -> None:
+    driver = folder_of(tmp_path / "driver", 3)
+    with Reenactor.load(toy_bundle, tracker=SlowTracker([face] * 3)) as act:
+        times = run_clip(act, portrait_file, driver, tmp_path / name).times
+    stages = ["read", "track", "retarget", "condition", "encode", "render", "paste", "write"]
+    if name == "out.npz":  # nothing is rendered
+        stages = ["read", "track", "retarget", "write"]
+    assert list(times) == [*stages, "total"]
+    assert all(times[stage].count == 3 and times[stage].p50_ms > 0 for stage in times)
+    assert times["track"].p50_ms >= SLOW_MS
+    assert times["total"].p50_ms >= times["track"].p50_ms + times["read"].p50_ms
+
+
+def video(path: Path, count: int, face: Landmarks, side: int = 32) -> Path:
+    """A clip with times of its own."""
+    with open_writer(path) as writer:
+        for i in range(count):
+            writer.write(np.zeros((side, side, 3), np.uint8), TIMES_NS[i], FRAME_NS, face)
+    return path
+
+
+def test_a_track_beside_a_video_gives_its_landmarks_and_nothing_else(
+    act: Reenactor,
+    portrait_file: Path,
+    face: Landmarks,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    driver = video(tmp_path / "driver.mp4", 4, face)
+    beside = tmp_path / "driver.landmarks.npz"
+    make_track(moving(face, 4), [0, 1, 2, 3], (32, 32)).save(beside)
+    act._tracker = ScriptedTracker([])  # an index error if it is asked
+    with caplog.at_level(logging.INFO, "diffusionact"):
+        report = run_clip(act, portrait_file, driver, tmp_path / "out.mp4")
+    assert (report.frames, report.seen) == (4, 4)
+    assert [f.pts_ns for f in open_reader(tmp_path / "out.mp4")] == list(TIMES_NS[:4])
+    assert f"landmarks from {beside}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "word"),
+    [
+        (3, (32, 32), "holds 3 frames of 32x32 px, but .*driver.mp4 is 4 frames"),
+        (5, (32, 32), "holds 5 frames"),
+        (4, (64, 32), "holds 4 frames of 64x32 px"),
+    ],
+)
+def test_a_track_of_another_video_is_refused(
+    act: Reenactor,
+    portrait_file: Path,
+    face: Landmarks,
+    tmp_path: Path,
+    count: int,
+    size: tuple[int, int],
+    word: str,
+) -> None:
+    driver = video(tmp_path / "driver.mp4", 4, face)
+    track = make_track([face] * count, list(range(count)), size)
+    track.save(sidecar_path(driver))
+    with pytest.raises(MediaError, match=f"driver.landmarks.npz: {word}.*remove or rename"):
+        run_clip(act, portrait_file, driver, tmp_path / "out.mp4")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_track_without_any_face_is_refused_beside_media_too(
     act: Reenactor, portrait_file: Path, face: Landmarks, tmp_path: Path
 ) -> None:
-    driver = tmp_path / "driver.mp4"
-    faces = moving(face, 4)
-    with open_writer(driver) as writer:
-        for i in range(4):
-            writer.write(np.zeros((32, 32, 3), np.uint8), i * FRAME_NS, FRAME_NS, face)
-    make_track(faces, [i * FRAME_NS for i in range(4)], (32, 32)).save(tmp_path / "driver.npz")
+    driver = video(tmp_path / "driver.mp4", 2, face)
+    make_track([None, None], [0, 1], (32, 32)).save(sidecar_path(driver))
+    with pytest.raises(NoFace, match=r"driver.landmarks.npz: no face"):
+        run_clip(act, portrait_file, driver, tmp_path / "out.mp4")
+    make_track([None], [0], (80, 90)).save(sidecar_path(portrait_file))
+    with pytest.raises(NoFace, match=r"portrait.landmarks.npz: no face"):
+        prepare_portrait(act, portrait_file)
+
+
+def test_an_npz_of_the_same_name_is_no_sidecar(
+    toy_bundle: Path, portrait_file: Path, face: Landmarks, tmp_path: Path
+) -> None:
+    driver = video(tmp_path / "driver.mp4", 4, face)
+    make_track([face] * 2, [0, 1], (32, 32)).save(tmp_path / "driver.npz")
+    with Reenactor.load(toy_bundle, tracker=ScriptedTracker([face] * 256)) as act:
+        assert run_clip(act, portrait_file, driver, tmp_path / "out.mp4").frames == 4
+
+
+def test_a_picture_drives_with_the_track_beside_it(
+    act: Reenactor, portrait_file: Path, face: Landmarks, tmp_path: Path
+) -> None:
+    picture = tmp_path / "open.png"
+    cv2.imwrite(str(picture), np.zeros((40, 40, 3), np.uint8))
+    make_track(moving(face, 9)[8:], [0], (40, 40)).save(sidecar_path(picture))
     act._tracker = ScriptedTracker([])  # an index error if it is asked
-    assert run_clip(act, portrait_file, driver, tmp_path / "out.mp4").frames == 4
+    assert run_clip(act, portrait_file, picture, tmp_path / "out.png").seen == 1
+
+
+def test_the_first_face_of_a_portrait_is_the_one_in_its_track(
+    act: Reenactor, portrait_file: Path, face: Landmarks
+) -> None:
+    act._tracker = ScriptedTracker([])
+    plain, first = prepare_portrait(act, portrait_file), prepare_portrait(act, portrait_file, 1)
+    np.testing.assert_array_equal(plain.landmarks.points, first.landmarks.points)
+    act._tracker = ScriptedTracker([face])
+    with pytest.raises(SettingsError, match="--face 2: the portrait has 1"):
+        prepare_portrait(act, portrait_file, 2)
+
+
+def test_the_inputs_landmarks_are_inputs(
+    act: Reenactor, portrait_file: Path, face: Landmarks, tmp_path: Path
+) -> None:
+    driver = video(tmp_path / "driver.mp4", 2, face)
+    for output in (sidecar_path(portrait_file), sidecar_path(driver)):
+        was_there = output.exists()
+        with pytest.raises(MediaError, match="landmarks of the input"):
+            run_clip(act, portrait_file, driver, output)
+        assert output.exists() == was_there

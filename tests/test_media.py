@@ -20,9 +20,9 @@ import numpy.typing as npt
 import pytest
 
 from diffusionact.errors import MediaError
-from diffusionact.landmarks import Landmarks, Track
+from diffusionact.landmarks import Landmarks
 from diffusionact.runtime import media
-from diffusionact.runtime.media import FRAME_NS, NS, open_reader, read_image, sidecar_track
+from diffusionact.runtime.media import FRAME_NS, NS, open_reader, read_image
 from diffusionact.runtime.writer import open_writer
 
 # 8-bit video range and 4:2:0 rounding of one flat colour, grey levels.
@@ -180,7 +180,7 @@ def test_a_missing_camera_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         next(iter(open_reader("7")))
 
 
-def test_a_track_round_trips_and_lies_beside_its_picture(tmp_path: Path, face: Landmarks) -> None:
+def test_a_track_round_trips(tmp_path: Path, face: Landmarks) -> None:
     path = tmp_path / "face.npz"
     with open_writer(path, size=(90, 80)) as writer:
         assert not writer.wants_pictures
@@ -190,10 +190,6 @@ def test_a_track_round_trips_and_lies_beside_its_picture(tmp_path: Path, face: L
     assert [frame.pts_ns for frame in frames] == [0, 123_456_789]
     assert frames[1].landmarks is not None and frames[1].image_bgr is None
     np.testing.assert_array_equal(frames[1].landmarks.points, face.points)
-    beside = sidecar_track(tmp_path / "face.png")
-    assert isinstance(beside, Track) and beside.size == (90, 80)
-    assert sidecar_track(tmp_path / "other.png") is None
-    assert sidecar_track(path) is None
 
 
 @pytest.mark.parametrize("name", ["out.mp4", "out.png", "out.npz", "out"])

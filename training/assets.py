@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusionact.landmarks import Landmarks, Track
+from diffusionact.landmarks import Landmarks, Track, sidecar_path
 from diffusionact.training.face_shape import EXPRESSION, face_shape
 from diffusionact.training.faces import (
     FRAME_CENTRE_Y,
@@ -113,21 +113,21 @@ def write_face68(path: Path) -> None:
 
 
 def write_portraits(folder: Path) -> None:
-    """Write NAME.png, a frontal portrait, and NAME.npz, its landmarks, for each of PORTRAITS."""
+    """Write NAME.png, a frontal portrait, and NAME.landmarks.npz beside it, for each of PORTRAITS."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, number in PORTRAITS.items():
         made = render(portrait_identity(number), neutral(), PORTRAIT_CAMERA, PORTRAIT_PX)
         _replace(folder / f"{name}.png", lambda t, i=made.image: cv2.imwrite(str(t), i[..., ::-1]))
-        _track([made.landmarks], PORTRAIT_PX).save(folder / f"{name}.npz")
+        _track([made.landmarks], PORTRAIT_PX).save(sidecar_path(folder / f"{name}.png"))
 
 
 def write_driver(path: Path) -> None:
-    """Write the driving clip and, beside it with the ending .npz, its exact landmarks."""
+    """Write the driving clip and, beside it as NAME.landmarks.npz, its exact landmarks."""
     stage = scene(driver_identity())
     camera = Camera(4.4, np.array([0.0, FRAME_CENTRE_Y + 0.1], np.float32))
     frames = [render(stage, motion, camera, DRIVER_PX) for motion in driver_motion()]
     _replace(path, lambda temporary: _encode(temporary, [frame.image for frame in frames]))
-    _track([frame.landmarks for frame in frames], DRIVER_PX).save(path.with_suffix(".npz"))
+    _track([frame.landmarks for frame in frames], DRIVER_PX).save(sidecar_path(path))
 
 
 def _encode(path: Path, images: list[NDArray[np.uint8]]) -> None:

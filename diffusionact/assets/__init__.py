@@ -13,10 +13,10 @@ def bundle_path() -> Path:
 
 
 def portrait_paths() -> tuple[Path, ...]:
-    """Return the shipped portraits (.png), sorted; a landmark track (.npz) lies beside each."""
+    """Return the shipped portraits (.png), sorted; NAME.landmarks.npz lies beside each."""
     return tuple(sorted((_HERE / "portraits").glob("*.png")))
 
 
 def driver_path() -> Path:
-    """Return the shipped driving clip; its landmark track (.npz) lies beside it."""
+    """Return the shipped driving clip; driver.landmarks.npz lies beside it."""
     return _HERE / "driver.mp4"
