@@ -180,6 +180,35 @@ class ResBlock(HalfBlock):
         return self.skip(x) + cast(Tensor, conv(dropout(h)))
 
 
+class CodeMap(nn.Module):
+    """A map of z itself, added at the bottom of the U-Net: modulation scales channels and has no
+    places, so that a small network is slow to learn where z wants things.
+
+    Its values travel in the modulation rows behind those of the ResBlocks, as scales.
+    """
+
+    def __init__(self, code_channels: int, channels: int, side: int, embed: int) -> None:
+        super().__init__()
+        self.shape = (code_channels, side, side)
+        self.width = code_channels * side * side
+        self.cond_emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed, self.width))
+        self.project = nn.Conv2d(code_channels, channels, 1)
+
+    def time_row(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale 1 and shift 0 [N,width]: the map is the same at all times."""
+        zero = (e[:, :1] * 0).float()
+        rows = zero + torch.zeros(self.width, device=e.device)
+        return rows + 1, rows
+
+    def code_row(self, z: Tensor) -> Tensor:
+        """The map's values [N,width] for z [N,E]."""
+        return cast(Tensor, 1 + self.cond_emb_layers(z).float())
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        """x [N,C,H,W] with the map of a row [N,width] added."""
+        return x + cast(Tensor, self.project(scale.reshape(-1, *self.shape).to(x.dtype)))
+
+
 class Attention(nn.Module):
     """Self-attention over all cells with one head, added to its input."""
 

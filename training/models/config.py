@@ -32,6 +32,7 @@ class NetworkConfig:
     block_size: int = 1  # px a side of one grid cell
     prediction: Prediction = "eps"
     positions: bool = False  # learned maps that tell the U-Net where a cell lies
+    code_channels: int = 0  # of a map that z adds at the bottom of the U-Net; published: none
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -90,6 +91,7 @@ FACE128 = NetworkConfig(
     block_size=4,
     prediction="x0",
     positions=True,
+    code_channels=32,
 )
 PRESETS: Mapping[str, NetworkConfig] = {
     "ffhq256": FFHQ256,

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from diffusionact.training.models.blocks import (
     Attention,
+    CodeMap,
     GroupNorm,
     ResBlock,
     TimeEmbed,
@@ -51,12 +52,17 @@ class UNet(nn.Module):
             self.position_middle = position_map(middle, side)
         stages = [*self.input_blocks, self.middle_block, *self.output_blocks]
         # in the order of execution, which is that of the modulation rows
-        self.modulated = [m for stage in stages for m in stage if isinstance(m, ResBlock)]
+        self.modulated: list[ResBlock | CodeMap] = [
+            m for stage in stages for m in stage if isinstance(m, ResBlock)
+        ]
+        if config.code_channels:
+            self.code_map = CodeMap(config.code_channels, middle, side, config.embed)
+            self.modulated.append(self.code_map)
         self._widths = [block.width for block in self.modulated]
 
     @property
     def modulation_size(self) -> int:
-        """K, the channels of all modulated ResBlocks together."""
+        """K, the channels of all modulated ResBlocks together, and the values of z's map."""
         return sum(self._widths)
 
     def time_rows(self, t: Tensor) -> Tensor:
@@ -87,7 +93,8 @@ class UNet(nn.Module):
 
     def step(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """The prediction [N,3,S,S] for the noisy image x [N,3,S,S] under modulation rows [N,K]."""
-        scales = iter(torch.split_with_sizes(scale, self._widths, dim=1))
+        rows = torch.split_with_sizes(scale, self._widths, dim=1)
+        scales = iter(rows)
         shifts = iter(torch.split_with_sizes(shift, self._widths, dim=1))
 
         def run(stage: nn.Module, h: Tensor) -> Tensor:
@@ -108,6 +115,8 @@ class UNet(nn.Module):
             laterals.append(h)
         if self.config.positions:
             h = h + self.position_middle.to(h.dtype)
+        if self.config.code_channels:
+            h = self.code_map(h, rows[-1])
         h = run(self.middle_block, h)
         for stage in self.output_blocks:
             h = run(stage, torch.cat([h, laterals.pop()], dim=1))
