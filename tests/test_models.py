@@ -324,12 +324,24 @@ def test_rows_of_several_timesteps_serve_one_frame() -> None:
 def test_positions_make_the_output_depend_on_the_place() -> None:
     network = UNet(TINY)
     assert {"position_stem", "position_middle"} <= set(network.state_dict())
-    assert not network.position_stem.any() and not network.position_middle.any()
+    flat = network.position_stem.flatten(2)[0]
+    assert torch.linalg.matrix_rank(flat) == min(flat.shape), "channels tell places apart"
     network = random_network(TINY)
     x, t, z = torch.zeros(1, 3, 32, 32), torch.zeros(1), torch.randn(1, 16)
     with_positions = network(x, t, z)
     network.position_stem.zero_()
     assert (network(x, t, z) - with_positions).abs().max() > 1e-3
+
+
+def test_the_code_map_puts_z_in_places() -> None:
+    network = random_network(TINY)
+    code_map = network.code_map
+    z, h = torch.randn(2, 16), torch.zeros(2, code_map.project.out_channels, *code_map.shape[1:])
+    added = code_map(h, code_map.code_row(z))
+    assert added.std(dim=(2, 3)).min() > 1e-3, "z differs from place to place"
+    rows = network.time_rows(torch.tensor([5, 900]))
+    one, zero = (part[:, -code_map.width :] for part in rows.chunk(2, dim=1))
+    assert (one == 1).all() and (zero == 0).all(), "the same at all times"
 
 
 def test_a_new_network_predicts_zero() -> None:
