@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from diffusionact.runtime.media import NS, start_offset_ns
+from diffusionact.runtime.media import NS, decoded, demuxed, start_offset_ns, warn_of_damage
 
 COPIED_CODECS = ("aac", "mp3", "ac3", "eac3", "alac")  # what mp4, mov and mkv all hold
 
@@ -18,6 +18,7 @@ class AudioCopy:
     def __init__(self, source: Any, sink: Any) -> None:
         self._source, self._sink = source, sink
         self._input = source.streams.audio[0]
+        self._name = f"{source.name}, its sound"
         self._start = Fraction(start_offset_ns(source), NS)
         if self._input.codec_context.name in COPIED_CODECS:
             self._output = sink.add_stream_from_template(self._input)
@@ -41,7 +42,11 @@ class AudioCopy:
         if not source.streams.audio:
             source.close()
             return None
-        return cls(source, sink)
+        try:
+            return cls(source, sink)
+        except BaseException:
+            source.close()
+            raise
 
     def copy_until(self, time_s: Fraction | None) -> None:
         """Write the packets that start no later than this; None: all that are left."""
@@ -51,8 +56,9 @@ class AudioCopy:
             if self._next is None:
                 return
             packet = self._next
-            if time_s is not None and packet.pts * packet.time_base > time_s:
-                return
+            if time_s is not None and packet.pts is not None:
+                if packet.pts * packet.time_base > time_s:
+                    return
             self._sink.mux(packet)
             self._next = None
 
@@ -63,16 +69,33 @@ class AudioCopy:
 
     def _copied(self) -> Generator[Any, None, None]:
         shift = round(self._start / self._input.time_base)
-        for packet in self._source.demux(self._input):
-            if packet.dts is None:  # the demuxer's flush packet
+        damaged, last, end = 0, None, 0
+        for packet in demuxed(self._source, self._input):
+            if packet is not None and not packet.size:
+                continue  # the demuxer's flush packet
+            if packet is None or packet.is_corrupt:
+                damaged += 1
                 continue
-            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+            # A packet without times follows the one before it.
+            dts = _known(packet.dts, packet.pts, end + shift) - shift
+            if last is not None and dts <= last:
+                damaged += 1
+                continue
+            packet.pts, packet.dts = _known(packet.pts, dts + shift) - shift, dts
+            last, end = dts, dts + (packet.duration or 0)
             packet.stream = self._output
             yield packet
+        warn_of_damage(self._name, damaged)
 
     def _encoded(self) -> Generator[Any, None, None]:
-        for frame in self._source.decode(self._input):
-            if frame.pts is not None:
-                frame.pts -= round(self._start / frame.time_base)
+        end = Fraction(0)
+        for frame in decoded(self._source, self._input, self._name):
+            start = end if frame.pts is None else frame.pts * frame.time_base - self._start
+            frame.pts = round(start / frame.time_base)
+            end = start + Fraction(frame.samples, frame.sample_rate)
             yield from self._output.encode(frame)
         yield from self._output.encode(None)
+
+
+def _known(*times: int | None) -> int:
+    return next(time for time in times if time is not None)

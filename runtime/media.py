@@ -33,6 +33,7 @@ TIMES_FILE = "times.csv"  # beside the pictures of a folder: name, pts_ns
 NS = 1_000_000_000
 FRAME_NS = round(NS / DEFAULT_FPS)
 LATE_START_US = 1_000_000
+MAX_UNREADABLE = 1000  # failures of a demuxer, which may fail for ever
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ class VideoReader:
             step_ns = round(NS / (stream.average_rate or DEFAULT_FPS))
             start_ns = start_offset_ns(container)
             next_ns = 0
-            for frame in _decode(container, stream, self.path):
+            for frame in _pictures(container, stream, self.path):
                 pts_ns = next_ns
                 if frame.pts is not None:
                     pts_ns = max(to_ns(frame.pts, frame.time_base) - start_ns, next_ns)
@@ -277,31 +278,49 @@ def _open_container(path: Path) -> Any:
         ) from error
 
 
-def _decode(container: Any, stream: Any, path: Path) -> Iterator[Any]:
-    """Yield the decodable frames; a damaged stretch is skipped with a warning, as players do."""
+def demuxed(container: Any, stream: Any) -> Iterator[Any]:
+    """Yield the packets of a stream, the flush packet last; None for what cannot be read."""
     import av
 
-    good, damaged = 0, 0
-    packets = container.demux(stream)
-    while True:
+    for _ in range(MAX_UNREADABLE):
         try:
-            packet = next(packets, None)
-            frames = packet.decode() if packet is not None else ()
+            yield from container.demux(stream)
+            return
+        except av.EOFError:
+            return
+        except av.FFmpegError:
+            yield None  # the next demux goes on behind it
+
+
+def decoded(container: Any, stream: Any, name: str) -> Iterator[Any]:
+    """Yield the decodable frames; what is damaged is skipped with one warning, as players do."""
+    import av
+
+    damaged = 0
+    for packet in demuxed(container, stream):
+        try:
+            frames = None if packet is None else packet.decode()
         except av.EOFError:
             break
         except av.FFmpegError:
-            damaged += 1
-            if damaged > 1000:  # a demuxer that fails for ever
-                break
-            continue
-        if packet is None:
-            break
-        good += len(frames)
-        yield from frames
-    if not good:
-        raise MediaError(f"{path}: holds no picture that can be decoded; export the video again")
+            frames = None
+        damaged += frames is None
+        yield from frames or ()
+    warn_of_damage(name, damaged)
+
+
+def warn_of_damage(name: str, damaged: int) -> None:
+    """Return nothing; a warning says how many packets were left out, if any."""
     if damaged:
-        log.warning("%s: %d damaged packets skipped", path, damaged)
+        log.warning("%s: %d damaged packets skipped", name, damaged)
+
+
+def _pictures(container: Any, stream: Any, path: Path) -> Iterator[Any]:
+    frame = None
+    for frame in decoded(container, stream, str(path)):
+        yield frame
+    if frame is None:
+        raise MediaError(f"{path}: holds no picture that can be decoded; export the video again")
 
 
 def _upright(frame: Any) -> Image:

@@ -10,7 +10,8 @@ import csv
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -96,6 +97,7 @@ class _Atomic:
     def __init__(self, target: Path, folder: bool = False) -> None:
         self.target = target
         self.count = 0
+        self._closed = False
         self.part = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.part{target.suffix}")
         try:
             target.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +116,9 @@ class _Atomic:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._closed:  # `stream` closes what it is given, perhaps inside a `with`
+            return
+        self._closed = True
         try:
             self.finish(complete=kind is None)
             if kind is None:
@@ -228,7 +233,8 @@ class VideoWriter(_Atomic):
         try:
             muxer = MUXERS[target.suffix.lower()]
             flags = {} if muxer == "matroska" else {"movflags": "+faststart"}
-            self._container: Any = av.open(str(self.part), "w", format=muxer, options=flags)
+            with _ffmpeg_errors_named(target):
+                self._container: Any = av.open(str(self.part), "w", format=muxer, options=flags)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -238,26 +244,28 @@ class VideoWriter(_Atomic):
     ) -> None:
         if image_bgr is None:
             raise TypeError("a video is written from pictures")
-        if self._stream is None:
-            self._stream = self._open_stream(image_bgr)
-        if self._waiting is not None:
-            self._encode(*self._waiting[:2], pts_ns - self._waiting[1])
+        with _ffmpeg_errors_named(self.target):
+            if self._stream is None:
+                self._stream = self._open_stream(image_bgr)
+            if self._waiting is not None:
+                self._encode(*self._waiting[:2], pts_ns - self._waiting[1])
         self._waiting = (image_bgr, pts_ns, duration_ns or FRAME_NS)
         self.count += 1
 
     def finish(self, complete: bool) -> None:
         if not hasattr(self, "_container"):
             return
-        try:
-            if complete and self._waiting is not None:
-                self._encode(*self._waiting)
-                self._mux(self._stream.encode(None))
+        with _ffmpeg_errors_named(self.target):
+            try:
+                if complete and self._waiting is not None:
+                    self._encode(*self._waiting)
+                    self._mux(self._stream.encode(None))
+                    if self._audio is not None:
+                        self._audio.copy_until(None)
+            finally:
                 if self._audio is not None:
-                    self._audio.copy_until(None)
-        finally:
-            if self._audio is not None:
-                self._audio.close()
-            self._container.close()
+                    self._audio.close()
+                self._container.close()
 
     def _open_stream(self, image: Image) -> Any:
         import av
@@ -299,6 +307,16 @@ class VideoWriter(_Atomic):
 
     def _ticks(self, pts_ns: int) -> int:
         return round(Fraction(pts_ns, NS) / self._time_base)
+
+
+@contextmanager
+def _ffmpeg_errors_named(target: Path) -> Iterator[None]:
+    import av
+
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise MediaError(f"{target}: cannot be written ({error})") from error
 
 
 def _write_png(path: Path, image_bgr: Image | None) -> None:
