@@ -78,10 +78,11 @@ def stream(
     sink: Writer,
     stop: threading.Event | None = None,
 ) -> StreamReport:
-    """Return what was done when the reader ends or `stop` is set.
+    """Return what was done when the reader ends or `stop` is set; the sink is closed then, and
+    its file complete.
 
     The neutral face is the first second's, or the calmest frame of a recorded track. An error in
-    any thread ends all of them and is raised here.
+    any thread ends all of them and is raised here, and the sink leaves nothing behind.
     """
     begun_s = time.monotonic()
     if isinstance(reader, TrackReader):
@@ -92,17 +93,18 @@ def stream(
     results: Slot[tuple[Frame, Result]] = Slot(newest_wins=False)
     log = _Log([], [])
     workers = _Workers()
-    workers.start("reader", lambda: _read(reader, frames, stop), frames.close)
-    workers.start("sink", lambda: _write(results, sink, log), frames.close, results.close)
-    try:
-        while (frame := frames.get()) is not None:
-            driver = frame.landmarks if frame.image_bgr is None else frame.image_bgr
-            if not results.put((frame, act.reenact(driver, source, frame.pts_ns))):
-                break
-    finally:
-        frames.close()
-        results.close()
-        workers.join()
+    with sink:
+        workers.start("reader", lambda: _read(reader, frames, stop), frames.close)
+        workers.start("sink", lambda: _write(results, sink, log), frames.close, results.close)
+        try:
+            while (frame := frames.get()) is not None:
+                driver = frame.landmarks if frame.image_bgr is None else frame.image_bgr
+                if not results.put((frame, act.reenact(driver, source, frame.pts_ns))):
+                    break
+        finally:
+            frames.close()
+            results.close()
+            workers.join()
     latency = summarise([{"latency": ns} for ns in log.latency_ns]) if reader.live else {}
     return StreamReport(
         len(log.times),

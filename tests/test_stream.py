@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ import pytest
 
 from diffusionact.errors import MediaError
 from diffusionact.landmarks import Landmarks, Track
-from diffusionact.runtime.media import Frame, TrackReader
+from diffusionact.runtime.media import Frame, TrackReader, open_reader
 from diffusionact.runtime.reenactor import Reenactor
 from diffusionact.runtime.source import Source
 from diffusionact.runtime.stream import Slot, stream
+from diffusionact.runtime.writer import open_writer
 
 UInt8Array = npt.NDArray[np.uint8]
 GOLDEN = Path(__file__).parent / "golden"
@@ -150,3 +152,23 @@ def test_a_slot_keeps_the_newest_or_waits() -> None:
     taker.join(WAIT_S)
     assert got == list(range(50))
     assert not patient.put(51)
+
+
+@pytest.mark.parametrize("inside_with", [False, True])
+def test_a_file_is_complete_when_the_stream_ends(
+    act: Reenactor, source: Source, tmp_path: Path, inside_with: bool
+) -> None:
+    track = Track.load(GOLDEN / "driver_nod.npz")
+    writer = open_writer(tmp_path / "out.mp4")
+    with writer if inside_with else contextlib.nullcontext():
+        stream(act, source, TrackReader("track", track), writer)
+    assert len(list(open_reader(tmp_path / "out.mp4"))) == len(track)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_a_stream_that_fails_leaves_nothing_behind(
+    act: Reenactor, source: Source, face: Landmarks, tmp_path: Path
+) -> None:
+    with pytest.raises(MediaError, match="unplugged"):
+        stream(act, source, Camera(face, 5, 0.002, fail=True), open_writer(tmp_path / "out.mp4"))
+    assert list(tmp_path.iterdir()) == []
