@@ -150,7 +150,7 @@ class _Graph:
         self._format = bindings.image_frame.ImageFormat.SRGB
         self._packet: Any = None
         self._now_us = 0
-        self._spoken = False  # its libraries write notes to stderr until the first face is found
+        self._spoken = False  # its libraries write notes to stderr at the first picture
         graph_file = root / "modules/face_landmark/face_landmark_front_cpu.binarypb"
         side = {
             "num_faces": self._make.create_int(faces),
@@ -169,10 +169,9 @@ class _Graph:
         """The faces of a picture, px."""
         if self._spoken:
             return self._faces(image_bgr)
+        self._spoken = True
         with _silent_stderr():
-            faces = self._faces(image_bgr)
-        self._spoken = bool(faces)
-        return faces
+            return self._faces(image_bgr)
 
     def close(self) -> None:
         self._graph.close()
@@ -245,7 +244,8 @@ def _missing(what: str) -> str:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Send file descriptor 2 to nowhere: the C++ libraries know no other way to be quiet."""
+    """Send file descriptor 2 to nowhere: the C++ libraries know no other way to be quiet. Not for
+    long: what other threads write meanwhile is lost."""
     sys.stderr.flush()
     saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

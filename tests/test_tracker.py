@@ -152,3 +152,15 @@ def test_the_libraries_write_nothing(
     with MediaPipeTracker() as fresh:
         fresh.detect(bgr(rendered(3)))
     assert capfd.readouterr().err == ""
+
+
+def test_only_the_first_picture_is_run_in_silence(
+    tracker: MediaPipeTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blank = np.full((SIDE_PX, SIDE_PX, 3), 90, np.uint8)
+    with MediaPipeTracker() as fresh:
+        with pytest.raises(NoFace):
+            fresh.track(blank)
+        monkeypatch.setattr(tracker_module, "_silent_stderr", lambda: pytest.fail("silenced"))
+        with pytest.raises(NoFace):
+            fresh.track(blank)
