@@ -128,7 +128,7 @@ def check(arguments: argparse.Namespace) -> int:
     for finding in findings(Path(arguments.bundle)):
         passed = passed and finding.passed is not False
         mark = {True: "ok", False: "FAILED", None: "-"}[finding.passed]
-        _say(arguments, vars(finding), f"{mark:<7}{finding.subject:<24}{finding.detail}")
+        _say(arguments, vars(finding), f"{mark:<7}{finding.subject:<24} {finding.detail}")
     return DONE if passed else FAILED
 
 
