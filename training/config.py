@@ -118,6 +118,7 @@ class Recipe:
     loop: LoopRecipe = field(default_factory=LoopRecipe)
     seed: int = 1
     weights: str = "training/checkpoints/face.safetensors"
+    start: str = ""  # weights to begin from instead of random ones
     digest: str = ""
 
 

@@ -139,7 +139,8 @@ class Trainer:
         return True
 
     def _begin(self, stage: StageRecipe) -> None:
-        if stage.kind == "reenact" and self.state.progress.step == 0:
+        fresh = self.state.progress.step == 0 and not self.state.has_reenactment
+        if stage.kind == "reenact" and fresh:
             self.state.start_reenactment(stage.drawing_gain)
         self.state.optimizer = _optimizer(self.state, stage, self.device)
         if self._optimizer_state is not None:

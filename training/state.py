@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusionact.errors import SettingsError
+from diffusionact.training import weights
 from diffusionact.training.config import Recipe
 from diffusionact.training.losses import Heads, HeadTargets
 from diffusionact.training.models import PRESETS, ReenactmentEncoder, SemanticEncoder, UNet
@@ -60,6 +61,23 @@ class State:
         self.ema = copy.deepcopy(self.live).requires_grad_(False)
         self.progress = Progress()
         self.earlier_recipes: list[str] = []
+        self.has_reenactment = False
+        if recipe.start:
+            self._start_from(weights.load(recipe.start))
+
+    def _start_from(self, start: weights.Weights) -> None:
+        """Takes over the networks of finished weights; the heads begin anew."""
+        if start.config != self.config:
+            raise SettingsError(
+                f"start: weights of {start.config}, wanted {self.config}; name another file, or "
+                "remove `start` to begin from random weights"
+            )
+        names = {"render": "unet", "encoder": "encoder", "reenactment": "reenactment"}
+        for part, name in names.items():
+            values = start.network(part).state_dict()
+            for networks in (self.live, self.ema):
+                networks[name].load_state_dict(values)
+        self.has_reenactment = True
         self.optimizer: torch.optim.Optimizer | None = None
 
     @property
