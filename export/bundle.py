@@ -35,7 +35,7 @@ class Card:
     name: str = "face128"
     render: Sampling = Sampling(4, (2, 4, 8, 10, 20))
     invert: Sampling = Sampling(20, (10, 20, 50))
-    crop: Crop = Crop(rotate=False, scale=1.13)  # the frame that training/faces.py renders
+    crop: Crop = Crop(rotate=False, scale=1.07)  # the frame that training/faces.py renders
     drawing: Drawing = Drawing(thickness_px=1, disc_radius_px=1.5, antialias=True)
     training: Training = Training(
         data="faces rendered by diffusionact's own face model",

@@ -121,7 +121,9 @@ def test_reconstructions_are_held_against_the_source(
 
 def means_with(landmarks: float, others: float = 0.9) -> dict[str, dict[str, float]]:
     copy, oracle = dict.fromkeys(card_text.COLUMNS, 10.0), dict.fromkeys(card_text.COLUMNS, 2.0)
-    ours = dict.fromkeys(card_text.COLUMNS, 10.0 - 8 * others)
+    for likeness in card_text.LIKENESS:
+        oracle[likeness] = 18.0
+    ours = {name: 10 + others * (value - 10) for name, value in oracle.items()}
     ours["landmark_px"] = landmarks
     return {"copy": copy, "oracle T=4": oracle, "reenactment T=4": ours}
 
@@ -135,6 +137,9 @@ def test_gaps_hold_only_when_every_share_is_reached() -> None:
     weak = means_with(5.0)
     weak["oracle T=4"]["landmark_px"] = 4.0
     assert not card_text.gaps(weak, [4])["T=4"]["passed"]
+    backwards = means_with(3.0)
+    backwards["oracle T=4"]["psnr_db"], backwards["reenactment T=4"]["psnr_db"] = 9.0, 8.0
+    assert not card_text.gaps(backwards, [4])["T=4"]["passed"]
 
 
 def test_card_keeps_what_stands_around_the_tables(tmp_path: Path) -> None:
