@@ -33,7 +33,8 @@ class Card:
     """What the manifest says that the weights do not: how to run the network, and its terms."""
 
     name: str = "face128"
-    render: Sampling = Sampling(4, (2, 4, 8, 10, 20))
+    # At high noise z decides; steps at low noise sharpen what the source left in x_T.
+    render: Sampling = Sampling(4, (2, 4, 8, 10, 20), {"4": (300, 550, 800, 980)})
     invert: Sampling = Sampling(20, (10, 20, 50))
     crop: Crop = Crop(rotate=False, scale=1.07)  # the frame that training/faces.py renders
     drawing: Drawing = Drawing(thickness_px=1, disc_radius_px=1.5, antialias=True)
