@@ -70,10 +70,10 @@ def test_an_inversion_takes_the_constant_stride(kind: schedule.Prediction) -> No
 
 
 def test_an_inversion_by_x0_starts_where_there_is_noise() -> None:
-    assert schedule.inversion_timesteps("x0", 4).tolist() == [40, 280, 520, 760]
+    assert schedule.inversion_timesteps("x0", 4).tolist() == [150, 362, 575, 787]
     fifty = schedule.inversion_timesteps("x0", 50)
-    assert len(fifty) == 50 and fifty[0] == 40 and np.ptp(np.diff(fifty)) <= 1
-    assert schedule.inversion_timesteps("x0", 4, total=500).tolist() == [20, 140, 260, 380]
+    assert len(fifty) == 50 and fifty[0] == 150 and np.ptp(np.diff(fifty)) <= 1
+    assert schedule.inversion_timesteps("x0", 4, total=500).tolist() == [75, 181, 287, 393]
 
 
 @pytest.mark.parametrize("steps", [-1, 0, 961])

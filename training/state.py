@@ -61,6 +61,7 @@ class State:
         self.ema = copy.deepcopy(self.live).requires_grad_(False)
         self.progress = Progress()
         self.earlier_recipes: list[str] = []
+        self.optimizer: torch.optim.Optimizer | None = None
         self.has_reenactment = False
         if recipe.start:
             self._start_from(weights.load(recipe.start))
@@ -78,7 +79,6 @@ class State:
             for networks in (self.live, self.ema):
                 networks[name].load_state_dict(values)
         self.has_reenactment = True
-        self.optimizer: torch.optim.Optimizer | None = None
 
     @property
     def heads(self) -> Heads:
