@@ -19,6 +19,8 @@ FORMAT = 1
 FILE_NAME = "manifest.json"
 REQUIRED = ("encoder", "time", "modulation", "unet_step")
 OWN_INVERSION = ("time_invert", "modulation_invert", "unet_step_invert")
+DETECTOR_SIDES = (64, 32, 16, 12, 6, 3)  # of the maps of s3fd's six heads at 256 px
+ASSETS = ("flame",)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,14 @@ class ComponentSpec:
     sha256: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class AssetSpec:
+    """One file of the bundle that is no network."""
+
+    file: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,9 @@ class Manifest:
     components: Mapping[str, ComponentSpec]
     student_of: str | None = None
     format: int = FORMAT
+    # of the published tracker; a bundle has them when the helper networks were imported
+    tracker: Mapping[str, ComponentSpec] = field(default_factory=dict)
+    assets: Mapping[str, AssetSpec] = field(default_factory=dict)
 
 
 def component_tensors(
@@ -139,6 +152,34 @@ def component_tensors(
         "time": ((t,), (rows,)),
         "modulation": ((z, rows), (spec("scale", "N", k), spec("shift", "N", k))),
         "unet_step": (step, (spec("prediction", *picture),)),
+    }
+
+
+def tracker_tensors(
+    shape_codes: int = 100, expression_codes: int = 50
+) -> dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]:
+    """Return name -> (inputs, outputs) of the networks of the published tracker.
+
+    `emoca`'s pose is the head's axis-angle, then the jaw's; its camera scale, x, y.
+    """
+
+    def spec(name: str, *shape: int, limits: tuple[float, float] | None = None) -> TensorSpec:
+        return TensorSpec(name, "float32", (1, *shape), limits)
+
+    boxes = tuple(spec(f"box_logits_{i}", 2, n, n) for i, n in enumerate(DETECTOR_SIDES))
+    offsets = tuple(spec(f"offsets_{i}", 4, n, n) for i, n in enumerate(DETECTOR_SIDES))
+    codes = {"shape": shape_codes, "expression": expression_codes, "pose": 6, "camera": 3}
+    return {
+        "s3fd": ((spec("image", 3, 256, 256, limits=(0.0, 255.0)),), boxes + offsets),
+        "fan": (
+            (spec("image", 3, 256, 256, limits=(0.0, 1.0)),),
+            (spec("heatmaps", 68, 64, 64),),
+        ),
+        "emoca": (
+            (spec("image", 3, 224, 224, limits=(0.0, 1.0)),),
+            tuple(spec(name, count) for name, count in codes.items()),
+        ),
+        "gaze": ((spec("image", 3, 224, 224),), (spec("pitch_yaw", 2),)),
     }
 
 
@@ -196,13 +237,10 @@ def check(manifest: Manifest) -> None:
         raise BundleError(f"components {sorted(names)}, wanted {sorted(wanted)}. {_MEND}")
     if manifest.schedule.kind != "linear":
         raise BundleError(f"schedule.kind {manifest.schedule.kind!r}, wanted 'linear'. {_MEND}")
+    tensors = component_tensors(manifest)
     for name, part in manifest.components.items():
-        if Path(part.file).name != part.file:
-            raise BundleError(f"components.{name}.file {part.file!r} leaves the bundle. {_MEND}")
-        inputs, outputs = component_tensors(manifest)[name.removesuffix("_invert")]
-        if part.inputs != inputs or part.outputs != outputs:
-            seen, due = (part.inputs, part.outputs), (inputs, outputs)
-            raise BundleError(f"components.{name} has tensors {seen}, wanted {due}. {_MEND}")
+        _check_component(f"components.{name}", part, *tensors[name.removesuffix("_invert")])
+    _check_tracker(manifest)
     for field_name, sampling in (("render", manifest.render), ("invert", manifest.invert)):
         _check_sampling(field_name, sampling, manifest.schedule.total)
 
@@ -214,6 +252,37 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _check_tracker(manifest: Manifest) -> None:
+    tensors = tracker_tensors()
+    for kind, seen, known in (
+        ("tracker", set(manifest.tracker), set(tensors)),
+        ("assets", set(manifest.assets), set(ASSETS)),
+    ):
+        if unknown := sorted(seen - known):
+            raise BundleError(f"{kind} {unknown}, wanted some of {sorted(known)}. {_MEND}")
+    for name, part in manifest.tracker.items():
+        _check_component(f"tracker.{name}", part, *tensors[name])
+    for name, asset in manifest.assets.items():
+        _check_inside(f"assets.{name}", asset.file)
+
+
+def _check_component(
+    field_name: str,
+    part: ComponentSpec,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+) -> None:
+    _check_inside(field_name, part.file)
+    if part.inputs != inputs or part.outputs != outputs:
+        seen, due = (part.inputs, part.outputs), (inputs, outputs)
+        raise BundleError(f"{field_name} has tensors {seen}, wanted {due}. {_MEND}")
+
+
+def _check_inside(field_name: str, file: str) -> None:
+    if Path(file).name != file:
+        raise BundleError(f"{field_name}.file {file!r} leaves the bundle. {_MEND}")
 
 
 def _check_sampling(name: str, sampling: Sampling, total: int) -> None:
@@ -231,7 +300,12 @@ def _check_sampling(name: str, sampling: Sampling, total: int) -> None:
 
 
 def _check_files(bundle_dir: Path, manifest: Manifest) -> None:
-    for part in manifest.components.values():
+    parts: tuple[ComponentSpec | AssetSpec, ...] = (
+        *manifest.components.values(),
+        *manifest.tracker.values(),
+        *manifest.assets.values(),
+    )
+    for part in parts:
         path = bundle_dir / part.file
         try:
             seen = file_sha256(path)

@@ -42,6 +42,53 @@ def test_round_trip(tmp_path: Path, own_inversion: bool) -> None:
     assert not list(tmp_path.glob(".part-*"))
 
 
+def with_tracker(bundle_dir: Path) -> m.Manifest:
+    """The example with all networks and files of the published tracker."""
+    written, tracker = example(bundle_dir), {}
+    for name, (inputs, outputs) in m.tracker_tensors().items():
+        path = bundle_dir / f"{name}.onnx"
+        path.write_bytes(name.encode())
+        tracker[name] = m.ComponentSpec(path.name, m.file_sha256(path), inputs, outputs)
+    (bundle_dir / "flame.npz").write_bytes(b"flame")
+    asset = m.AssetSpec("flame.npz", m.file_sha256(bundle_dir / "flame.npz"))
+    return replace(written, tracker=tracker, assets={"flame": asset})
+
+
+def test_round_trip_with_a_tracker(tmp_path: Path) -> None:
+    written = with_tracker(tmp_path)
+    m.write(tmp_path, written)
+    assert m.read(tmp_path) == written
+    part = replace(written, tracker={"fan": written.tracker["fan"]}, assets={})
+    m.write(tmp_path, part)
+    assert m.read(tmp_path) == part
+
+
+def test_a_manifest_without_the_tracker_fields_is_read(tmp_path: Path) -> None:
+    written = example(tmp_path)
+    damage_on_disk(tmp_path, lambda v: (v.pop("tracker"), v.pop("assets")))
+    assert m.read(tmp_path) == written
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v["tracker"].update(nose=v["tracker"]["fan"]), r"tracker \['nose'\], wanted"),
+        (lambda v: v["tracker"].update(fan=v["tracker"]["gaze"]), "tracker.fan has tensors"),
+        (lambda v: v["tracker"]["fan"].update(file="../fan.onnx"), "tracker.fan.file .* leaves"),
+        (lambda v: v["assets"]["flame"].update(file="/etc/passwd"), "assets.flame.file .* leaves"),
+        (lambda v: v["assets"].update(skin=v["assets"]["flame"]), r"assets \['skin'\], wanted"),
+        (lambda v: v["assets"]["flame"].update(sha256="0"), r"flame\.npz: sha256 .* says 0"),
+        (lambda v: v["tracker"]["gaze"].update(file="g.onnx"), r"g\.onnx: not readable"),
+    ],
+)
+def test_damage_to_the_tracker_is_named(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    damage_on_disk(tmp_path, change, with_tracker)
+    with pytest.raises(BundleError, match=message):
+        m.read(tmp_path)
+
+
 def test_tensors_are_those_of_the_sizes(tmp_path: Path) -> None:
     tensors = m.component_tensors(example(tmp_path))
     assert [spec.shape for spec in tensors["encoder"][0]] == [(1, 3, 32, 32)] * 2
@@ -59,8 +106,12 @@ def test_a_sampling_prefers_the_timesteps_that_it_lists() -> None:
         sampling.at(37)
 
 
-def damage_on_disk(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    m.write(tmp_path, example(tmp_path))
+def damage_on_disk(
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], object],
+    make: Callable[[Path], m.Manifest] = example,
+) -> None:
+    m.write(tmp_path, make(tmp_path))
     path = tmp_path / m.FILE_NAME
     values = json.loads(path.read_text())
     change(values)
