@@ -344,6 +344,43 @@ def test_the_code_map_puts_z_in_places() -> None:
     assert (one == 1).all() and (zero == 0).all(), "the same at all times"
 
 
+def test_z_places_a_dot_where_its_keypoint_is() -> None:
+    network = random_network(TINY)
+    dots = network.keypoint_map
+    assert network.modulated[-1] is dots
+    x_cell, y_cell = 3, 6
+    row = torch.ones(1, dots.width)
+    row[0, 4], row[0, 5] = (x_cell + 0.5) * 2 / dots.side, (y_cell + 0.5) * 2 / dots.side
+    dots.project.weight.zero_()
+    dots.project.bias.zero_()
+    dots.project.weight[0, 2] = 1.0  # the first channel shows the third point
+    shown = dots(torch.zeros(1, dots.project.out_channels, dots.side, dots.side), row)[0, 0]
+    assert shown.argmax() == y_cell * dots.side + x_cell and shown.max() == 1
+    assert shown[y_cell, x_cell + 2] < 0.05
+
+
+def test_keypoints_that_are_given_take_the_place_of_those_of_z() -> None:
+    network = random_network(TINY)
+    x, t, z = torch.randn(2, 3, 32, 32), torch.tensor([3, 700]), torch.randn(2, 16)
+    own = network.keypoints(z)
+    assert own.shape == (2, 70, 2) and 0 < own.mean() < 32
+    torch.testing.assert_close(network(x, t, z, own), network(x, t, z))
+    assert (network(x, t, z, own + 5) - network(x, t, z)).abs().max() > 1e-3
+
+
+def test_a_flat_code_knows_where_things_are() -> None:
+    flat = SemanticEncoder(dataclasses.replace(TINY, code_pool="flat"))
+    mean = SemanticEncoder(dataclasses.replace(TINY, code_pool="mean"))
+    assert flat.state_dict().keys() == mean.state_dict().keys(), "published names either way"
+    feature = torch.zeros(2, flat.out[3].in_channels, 8, 8)
+    side = flat.out[3].kernel_size[0]
+    feature = feature[..., :side, :side]
+    feature[0, 0, 0, 0] = feature[1, 0, -1, -1] = 1.0
+    (one, other), (same, again) = (e.out[2:](feature) for e in (flat, mean))
+    assert (one - other).abs().max() > 1e-3
+    torch.testing.assert_close(same, again)
+
+
 def test_a_new_network_predicts_zero() -> None:
     network = UNet(TINY).eval()
     assert not network(torch.randn(2, 3, 32, 32), torch.zeros(2), torch.randn(2, 16)).any()

@@ -20,16 +20,21 @@ from diffusionact.training.config import (
     load_recipe,
     parse_recipe,
 )
+from diffusionact.training.data import PairSampler
+from diffusionact.training.inversions import InversionCache
 from diffusionact.training.losses import (
     GROUP_WEIGHTS,
     Heads,
     code_distance,
     group_weights,
     head_targets,
+    keypoint_distance,
+    keypoint_targets,
     pixel_weights,
     weighted_square,
 )
 from diffusionact.training.models import FACE128
+from diffusionact.training.stages import to_sample
 from diffusionact.training.state import BACKGROUND, State
 
 pytestmark = pytest.mark.torch
@@ -68,6 +73,7 @@ cached_from = 0.4
 kind = "reenact"
 images = 8
 batch = 4
+matrix_lr = 0.01
 """
 
 
@@ -121,7 +127,7 @@ def test_shipped_recipes_load(path: Path) -> None:
     [
         (("steps = 2", "stepz = 2"), "unknown setting stepz; known: .*steps"),
         (("held_out = 2", "held_out = 6"), "held_out = 6, wanted between 1 and"),
-        (('kind = "reenact"', 'kind = "swap"'), "kind = 'swap'"),
+        (('kind = "reenact"', 'kind = "swap"'), "kind = 'swap', wanted one of 'scene', 'auto"),
         (("cached_from = 0.4", "cached_from = 4"), "cached_from = 4, wanted 0..1"),
         (("images = 16", "images = 0"), "images = 0, wanted above 0"),
         (('folder = "{folder}"', ""), "folder"),
@@ -206,8 +212,22 @@ def test_heads_that_say_the_truth_have_no_loss() -> None:
 
 
 def test_code_distance_is_in_standard_deviations() -> None:
-    distance = code_distance(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([0.5, 1.0]))
-    assert float(distance) == pytest.approx((2 + 1) / 2)
+    wanted = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 6.0]])
+    deviation = wanted.std(dim=0)
+    distance = code_distance(wanted + deviation * torch.tensor([[2.0, 1.0]]), wanted)
+    torch.testing.assert_close(distance, torch.full((3,), (2 + 1) / 2))
+
+
+def test_keypoints_are_landmarks_then_gaze_and_irises_count_most() -> None:
+    points, gaze = np.full((1, 68, 3), 5, np.float32), np.full((1, 2, 2), 9, np.float32)
+    wanted = torch.from_numpy(keypoint_targets(points, gaze))
+    assert (
+        wanted.shape == (1, 70, 2) and (wanted[0, :68] == 5).all() and (wanted[0, 68:] == 9).all()
+    )
+    assert float(keypoint_distance(wanted + 2, wanted)) == pytest.approx(2), "a mean in px"
+    chin, iris = torch.zeros(1, 70, 2), torch.zeros(1, 70, 2)
+    chin[0, 8], iris[0, 68] = 1, 1
+    assert keypoint_distance(wanted + iris, wanted) > 3 * keypoint_distance(wanted + chin, wanted)
 
 
 # The run
@@ -362,6 +382,58 @@ def test_the_reenactment_encoder_starts_as_the_averaged_encoder(
     torch.testing.assert_close(run.state.live["encoder"](source), z)
     drawing[..., 10:12, 10:20] = 1.0
     assert not torch.allclose(run.state.live["reenactment"](source, drawing), z), "lines are seen"
+
+
+@pytest.mark.parametrize("matrix_lr", [0.0, 0.02])
+def test_a_scene_stage_teaches_both_encoders_where_things_are(
+    recipe_path: Path, tmp_path: Path, matrix_lr: float
+) -> None:
+    run = trainer(recipe_path, tmp_path / "run")
+    stage = replace(
+        run.recipe.stages[1], kind="scene", images=4 * 60, lr=5e-3, matrix_lr=matrix_lr,
+        cached_noise=0.0, drawing_gain=1.5,
+    )  # fmt: skip
+    run.recipe = replace(run.recipe, stages=(stage,), loss=LossRecipe(keypoints=1.0))
+    before = {name: value.clone() for name, value in run.state.live["unet"].state_dict().items()}
+    run.run()
+    lines = (tmp_path / "run" / "curves.jsonl").read_text().splitlines()
+    curve = [json.loads(line) for line in lines]
+    assert not list((tmp_path / "run").glob("sheet-*")), "there is no decoder to show"
+    for name in ("keypoints of z_t", "keypoints of z_r"):
+        assert curve[-1][name] < 0.8 * curve[0][name]
+    moved = {
+        name for name, value in run.state.live["unet"].state_dict().items()
+        if not torch.equal(value, before[name])
+    }  # fmt: skip
+    layer = "keypoint_map.cond_emb_layers.1"
+    assert moved == {f"{layer}.weight", f"{layer}.bias"}
+
+
+def test_the_next_stage_keeps_the_reenactment_encoder_of_a_scene_stage(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    run = trainer(recipe_path, tmp_path / "run")
+    scene = replace(run.recipe.stages[1], kind="scene", images=8, cached_noise=0.0)
+    run.recipe = replace(run.recipe, stages=(scene, run.recipe.stages[1]))
+    run._begin(scene)
+    run.state.progress.next_stage()
+    run.state.live["reenactment"].zero_conv_1.weight.data.fill_(0.25)
+    run._begin(run.recipe.stages[1])
+    assert (run.state.live["reenactment"].zero_conv_1.weight == 0.25).all()
+
+
+def test_true_keypoints_fade_out(recipe_path: Path, tmp_path: Path) -> None:
+    run = trainer(recipe_path, tmp_path / "run")
+    stage = replace(run.recipe.stages[1], batch=64, true_keypoints_until=0.5, cached_noise=0.0)
+    batch = PairSampler(run.pool, 4, stage, InversionCache(1, 32), (1,))(0)
+
+    def share(fraction: float) -> float:
+        generator = torch.Generator().manual_seed(0)
+        sample = to_sample(batch, run.recipe, stage, generator, fraction)
+        return float(sample.true_keypoints.float().mean())
+
+    assert share(0) == 1 and share(0.5) == 0 and share(0.9) == 0
+    assert 0.25 < share(0.25) < 0.75
 
 
 def test_training_lowers_the_error_on_what_it_sees(recipe_path: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from diffusionact.errors import SettingsError
 
@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Kind = Literal["autoencoder", "reenact"]
+Kind = Literal["scene", "autoencoder", "reenact"]
 T = TypeVar("T")
 
 
@@ -48,6 +48,7 @@ class LossRecipe:
     gaze: float = 8.0  # a bump around each iris, also where glasses or lids hide the label
     gaze_sigma_px: float = 3.0
     heads: float = 0.3
+    keypoints: float = 0.1  # a px of error of the points that z places; eyes and irises count more
 
     def regions(self) -> tuple[float, ...]:
         """The weights in the order of the renderer's labels 0..7."""
@@ -76,6 +77,7 @@ class StageRecipe:
     minutes: float | None = None
     batch: int = 64
     lr: float = 1.5e-3
+    matrix_lr: float = 0.0  # above 0: Muon steps this long for weight matrices, AdamW for the rest
     warmup_steps: int = 100
     weight_decay: float = 1e-3
     clip: float = 1.0
@@ -88,6 +90,7 @@ class StageRecipe:
     heads_lr: float = 1.0
     drawing_gain: float = 0.0  # of the reenactment encoder's drawing input at its start
     encoder_lr: float = 0.0  # of the semantic encoder in stage reenact; 0 leaves it as it is
+    true_keypoints_until: float = 0.0  # fraction of the stage in which true points fade out
     code: float = 1.0  # weight of |z_r - z_t|
     diffusion: float = 1.0
 
@@ -178,12 +181,12 @@ def _check(recipe: Recipe, where: str) -> None:
             f"identities - 1 = {recipe.pool.identities - 1}"
         )
     for stage in recipe.stages:
-        if stage.kind not in ("autoencoder", "reenact"):
-            raise SettingsError(
-                f"{where} [[stages]]: kind = {stage.kind!r}, wanted 'autoencoder' or 'reenact'"
-            )
+        if stage.kind not in get_args(Kind):
+            kinds = ", ".join(repr(kind) for kind in get_args(Kind))
+            raise SettingsError(f"{where} [[stages]]: kind = {stage.kind!r}, wanted one of {kinds}")
         fractions = {"same_frame": stage.same_frame, "cached_noise": stage.cached_noise,
-                     "cached_from": stage.cached_from}  # fmt: skip
+                     "cached_from": stage.cached_from,
+                     "true_keypoints_until": stage.true_keypoints_until}  # fmt: skip
         for name, value in fractions.items():
             if not 0 <= value <= 1:
                 raise SettingsError(f"{where} [[stages]]: {name} = {value}, wanted 0..1")

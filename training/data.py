@@ -242,7 +242,7 @@ class PairSampler:
         target: npt.NDArray[np.int64],
         noise: npt.NDArray[np.float16],
     ) -> Batch:
-        pool, pairs = self.pool, self.stage.kind == "reenact"
+        pool, pairs = self.pool, self.stage.kind != "autoencoder"
         return Batch(
             identity=identity,
             frame=target,

@@ -25,14 +25,14 @@ from diffusionact.training.diffusion import invert, to_batch
 from diffusionact.training.inversions import InversionCache
 from diffusionact.training.losses import HeadTargets, head_targets
 from diffusionact.training.models import fused_norm
+from diffusionact.training.muon import Muon
 from diffusionact.training.sheets import held_out_pairs, pictures, scores, write_sheet
-from diffusionact.training.stages import autoencoder_loss, reenact_loss, to_sample, trained
+from diffusionact.training.stages import stage_loss, to_sample, trained
 from diffusionact.training.state import State
 
 log = logging.getLogger(__name__)
 
 STATISTICS_FRAMES = 4096  # how many frames set the mean and scale of the heads' targets
-DEVIATION_FRAMES = 512
 INVERSION_STREAM = 1 << 20  # keeps the random streams of batches and of inverted sources apart
 
 
@@ -131,7 +131,8 @@ class Trainer:
                 if self.stop:
                     self.save()
                     return False
-                self.sheet(stage)
+                if stage.kind != "scene":  # before a decoder is trained there is nothing to see
+                    self.sheet(stage)
                 self.state.restart_from_average()
                 self.state.progress.next_stage()
                 self.state.optimizer, self._optimizer_state = None, None
@@ -139,14 +140,14 @@ class Trainer:
         return True
 
     def _begin(self, stage: StageRecipe) -> None:
+        earlier = self.recipe.stages[: self.state.progress.stage]
         fresh = self.state.progress.step == 0 and not self.state.has_reenactment
-        if stage.kind == "reenact" and fresh:
+        if fresh and stage.kind != "autoencoder" and all(s.kind == "autoencoder" for s in earlier):
             self.state.start_reenactment(stage.drawing_gain)
         self.state.optimizer = _optimizer(self.state, stage, self.device)
         if self._optimizer_state is not None:
             self.state.optimizer.load_state_dict(self._optimizer_state)
         self.cache = InversionCache(self.recipe.inversions.capacity, self.pool.size)
-        self.deviation = self._deviation()
 
     def _run_stage(self, stage: StageRecipe) -> None:
         seed = (self.recipe.seed, self.state.progress.stage)
@@ -162,7 +163,7 @@ class Trainer:
                 self.state.progress.seconds = clock.seconds()
                 curve.add(self.state, stage, parts)
                 now = time.monotonic()
-                if now - sheeted > 60 * self.recipe.loop.sheet_minutes:
+                if stage.kind != "scene" and now - sheeted > 60 * self.recipe.loop.sheet_minutes:
                     self.sheet(stage)
                     sheeted = time.monotonic()
                 if now - saved > 60 * self.recipe.loop.checkpoint_minutes:
@@ -177,12 +178,10 @@ class Trainer:
         assert optimizer is not None
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate(stage, state)
-        sample = to_sample(batch, self.recipe, stage, self._generator())
+        over = fraction(stage, state)
+        sample = to_sample(batch, self.recipe, stage, self._generator(), over)
         with self._autocast():
-            if stage.kind == "autoencoder":
-                loss, parts = autoencoder_loss(state, sample, self.recipe)
-            else:
-                loss, parts = reenact_loss(state, sample, self.recipe, stage, self.deviation)
+            loss, parts = stage_loss(state, sample, self.recipe, stage)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -233,23 +232,10 @@ class Trainer:
             x_T = invert(ema["unet"], self.state.config.prediction, source, z, recipe.steps)
         self.cache.add(x_T.cpu().numpy(), identity, frame)
 
-    @torch.no_grad()
-    def _deviation(self) -> Tensor:
-        """The standard deviation of each value of the averaged encoder's z: float32 [E]."""
-        rng = np.random.default_rng((self.recipe.seed, INVERSION_STREAM))
-        codes = []
-        for _ in range(DEVIATION_FRAMES // 64):
-            identity = rng.integers(self.identities, size=64)
-            frame = rng.integers(self.pool.frames, size=64)
-            picture = to_batch(self.pool.images[identity, frame], self.device)
-            with self._autocast():
-                codes.append(self.state.ema["encoder"](picture).float())
-        return torch.cat(codes).std(dim=0).clamp(min=1e-3)
-
     def sheet(self, stage: StageRecipe) -> dict[str, float]:
         """Writes a sample sheet, logs its PSNRs and returns them."""
         with self._autocast():
-            rows = pictures(self.state, self.pairs, self.device, stage.kind == "reenact")
+            rows = pictures(self.state, self.pairs, self.device, stage.kind != "autoencoder")
         psnrs = scores(rows, self.pairs)
         name = f"{self.state.progress.stage}-{stage.kind}-{self.state.progress.images:08d}"
         write_sheet(self.folder / f"sheet-{name}.png", rows, self.pairs, psnrs)
@@ -369,12 +355,26 @@ def _optimizer(state: State, stage: StageRecipe, device: torch.device) -> torch.
     factors = {"unet": stage.unet_lr, "heads": stage.heads_lr}
     if stage.kind == "reenact":
         factors["encoder"] = stage.encoder_lr
-    groups = [
-        {"params": list(state.live[name].parameters()), "lr": stage.lr,
-         "base_lr": stage.lr * factors.get(name, 1.0)}
-        for name in trained(stage)
-    ]  # fmt: skip
+    groups = []
+    for name in trained(stage):
+        ends: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
+        for key, parameter in state.live[name].named_parameters():
+            ends[name == "heads" or _is_end(key)].append(parameter)
+        lr = {"lr": stage.lr, "base_lr": stage.lr * factors.get(name, 1.0)}
+        groups += [
+            {"params": parameters, "matrices": not end, **lr}
+            for end, parameters in ends.items()
+            if parameters
+        ]
+    if stage.matrix_lr > 0:
+        return Muon(groups, matrix_lr=stage.matrix_lr, weight_decay=stage.weight_decay)
     return torch.optim.AdamW(groups, weight_decay=stage.weight_decay, fused=True)
+
+
+def _is_end(key: str) -> bool:
+    """Whether the parameter makes an output whose scale matters (z, a picture, a coordinate): no
+    norm follows that would forgive Muon's long steps."""
+    return "out" in key.split(".") or "keypoint_map" in key
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

@@ -104,9 +104,32 @@ def group_weights(sizes: Sequence[int]) -> F32:
     return np.asarray(weights / weights.sum(), np.float32)
 
 
-def code_distance(z: Tensor, wanted: Tensor, deviation: Tensor) -> Tensor:
-    """Returns |z - wanted| in standard deviations of the code, mean over the code: float32 [B].
+# Eyelids and irises (68-point layout, then the two gaze points): a pixel there is a lot.
+KEYPOINT_WEIGHTS = np.ones(70, np.float32)
+KEYPOINT_WEIGHTS[36:48], KEYPOINT_WEIGHTS[68:] = 3.0, 4.0
+KEYPOINT_WEIGHTS /= KEYPOINT_WEIGHTS.mean()
+
+
+def keypoint_targets(points: F32, gaze: F32) -> F32:
+    """Returns what a U-Net with 70 keypoints places: float32 [B,70,2] px, landmarks, then gaze.
+
+    points: float32 [B,68,>=2] px; gaze: float32 [B,2,2] px.
+    """
+    return np.concatenate([points[..., :2], gaze], axis=1).astype(np.float32)
+
+
+def keypoint_distance(placed: Tensor, wanted: Tensor) -> Tensor:
+    """Returns the weighted L1 error per sample in px: float32 [B]. placed, wanted: [B,70,2]."""
+    weight = torch.from_numpy(KEYPOINT_WEIGHTS).to(placed.device)
+    error: Tensor = (placed - wanted).abs().mean(dim=2) * weight
+    return error.mean(dim=1)
+
+
+def code_distance(z: Tensor, wanted: Tensor) -> Tensor:
+    """Returns |z - wanted| in standard deviations of the wanted codes [B,E] over the batch, mean
+    over the code: float32 [B].
 
     Source: DiffusionAct, the pre-training of the reenactment encoder.
     """
+    deviation = wanted.std(dim=0).clamp(min=1e-3)
     return ((z.float() - wanted) / deviation).abs().mean(dim=1)

@@ -85,6 +85,11 @@ class State:
         """The live heads on z."""
         return cast(Heads, self.live["heads"])
 
+    @property
+    def unet(self) -> UNet:
+        """The live U-Net."""
+        return cast(UNet, self.live["unet"])
+
     def start_reenactment(self, gain: float) -> None:
         """Sets the reenactment encoder to the averaged semantic encoder, and its drawing input to
         `gain` times the drawing, its background at 0.

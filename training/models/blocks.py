@@ -16,6 +16,7 @@ Resample = Literal["none", "up", "down"]
 GROUPS = 32
 MIN_GROUP_CHANNELS = 4
 NORM_EPS = 1e-5
+KEYPOINT_SIGMA_CELLS = 0.75  # of a dot: narrow enough to tell a lid from an iris
 POSITION_GAIN = 0.3  # of a position map at the start, where features are about 1
 
 
@@ -180,6 +181,12 @@ class ResBlock(HalfBlock):
         return self.skip(x) + cast(Tensor, conv(dropout(h)))
 
 
+def _timeless_row(e: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Scale 1 and shift 0 [N,width] for every time vector e [N,E]."""
+    zero = (e[:, :1] * 0).float() + torch.zeros(width, device=e.device)
+    return zero + 1, zero
+
+
 class CodeMap(nn.Module):
     """A map of z itself, added at the bottom of the U-Net: modulation scales channels and has no
     places, so that a small network is slow to learn where z wants things.
@@ -196,9 +203,7 @@ class CodeMap(nn.Module):
 
     def time_row(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """Scale 1 and shift 0 [N,width]: the map is the same at all times."""
-        zero = (e[:, :1] * 0).float()
-        rows = zero + torch.zeros(self.width, device=e.device)
-        return rows + 1, rows
+        return _timeless_row(e, self.width)
 
     def code_row(self, z: Tensor) -> Tensor:
         """The map's values [N,width] for z [N,E]."""
@@ -207,6 +212,40 @@ class CodeMap(nn.Module):
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
         """x [N,C,H,W] with the map of a row [N,width] added."""
         return x + cast(Tensor, self.project(scale.reshape(-1, *self.shape).to(x.dtype)))
+
+
+class KeypointMap(nn.Module):
+    """Points that z places on the first grid of the U-Net, each a soft dot in a channel of its own.
+
+    Where eyes, irises and lips are is then a linear function of z, which a few thousand pictures
+    teach; from modulation alone the network has to find it out by painting. The coordinates travel
+    in the modulation rows behind the other maps, as scales: 1 is the middle of the picture, 0 and 2
+    its edges.
+    """
+
+    def __init__(self, points: int, channels: int, side: int, embed: int) -> None:
+        super().__init__()
+        self.points, self.side = points, side
+        self.width = 2 * points
+        self.cond_emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed, self.width))
+        self.project = nn.Conv2d(points, channels, 1)
+
+    def time_row(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale 1 and shift 0 [N,width]: the points are the same at all times."""
+        return _timeless_row(e, self.width)
+
+    def code_row(self, z: Tensor) -> Tensor:
+        """The coordinates [N,width], x and y of each point in turn, for z [N,E]."""
+        with torch.autocast(z.device.type, enabled=False):  # bfloat16 would round to 0.3 px
+            return cast(Tensor, 1 + self.cond_emb_layers(z.float()))
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        """x [N,C,H,W] with the dots of a row [N,width] added."""
+        at = scale.float().reshape(-1, self.points, 2, 1) * (self.side / 2)
+        cells = torch.arange(self.side, dtype=at.dtype, device=at.device) + 0.5
+        bump = torch.exp(-0.5 * ((cells - at) / KEYPOINT_SIGMA_CELLS) ** 2)
+        dots = bump[:, :, 1, :, None] * bump[:, :, 0, None, :]
+        return x + cast(Tensor, self.project(dots.to(x.dtype)))
 
 
 class Attention(nn.Module):

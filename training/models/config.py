@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from diffusionact.decode import DecodeError, decode
 from diffusionact.errors import SettingsError
 from diffusionact.schedule import Prediction
+
+# "mean" forgets where things are; "flat" keeps a weight for every cell.
+CodePool = Literal["mean", "flat"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class NetworkConfig:
     prediction: Prediction = "eps"
     positions: bool = False  # learned maps that tell the U-Net where a cell lies
     code_channels: int = 0  # of a map that z adds at the bottom of the U-Net; published: none
+    keypoints: int = 0  # that z places on the U-Net's grid as soft dots; published: none
+    code_pool: CodePool = "mean"  # how the encoders' last map becomes z; published: mean
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -92,6 +97,8 @@ FACE128 = NetworkConfig(
     prediction="x0",
     positions=True,
     code_channels=32,
+    keypoints=70,
+    code_pool="flat",
 )
 PRESETS: Mapping[str, NetworkConfig] = {
     "ffhq256": FFHQ256,

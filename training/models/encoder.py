@@ -28,18 +28,19 @@ class SemanticEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.input_blocks, width = _input_blocks(config)
-        if config.positions:  # the mean over all cells below would forget where things are
-            side = config.grid // 2 ** (len(config.encoder_mult) - 1)
+        side = config.grid // 2 ** (len(config.encoder_mult) - 1)
+        if config.positions:
             self.position_stem = position_map(config.channels * config.encoder_mult[0], config.grid)
             self.position_middle = position_map(width, side)
         self.middle_block = nn.Sequential(
             EncoderBlock(width, width), Attention(width), EncoderBlock(width, width)
         )
+        flat = config.code_pool == "flat"
         self.out = nn.Sequential(
             GroupNorm(width),
             nn.SiLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(width, config.embed, 1),
+            nn.Identity() if flat else nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(width, config.embed, side if flat else 1),
             nn.Flatten(),
         )
 

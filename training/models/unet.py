@@ -12,6 +12,7 @@ from diffusionact.training.models.blocks import (
     Attention,
     CodeMap,
     GroupNorm,
+    KeypointMap,
     ResBlock,
     TimeEmbed,
     conv3x3,
@@ -52,17 +53,20 @@ class UNet(nn.Module):
             self.position_middle = position_map(middle, side)
         stages = [*self.input_blocks, self.middle_block, *self.output_blocks]
         # in the order of execution, which is that of the modulation rows
-        self.modulated: list[ResBlock | CodeMap] = [
+        self.modulated: list[ResBlock | CodeMap | KeypointMap] = [
             m for stage in stages for m in stage if isinstance(m, ResBlock)
         ]
         if config.code_channels:
             self.code_map = CodeMap(config.code_channels, middle, side, config.embed)
             self.modulated.append(self.code_map)
+        if config.keypoints:
+            self.keypoint_map = KeypointMap(config.keypoints, first, config.grid, config.embed)
+            self.modulated.append(self.keypoint_map)
         self._widths = [block.width for block in self.modulated]
 
     @property
     def modulation_size(self) -> int:
-        """K, the channels of all modulated ResBlocks together, and the values of z's map."""
+        """K, the channels of all modulated ResBlocks together, and the values of z's maps."""
         return sum(self._widths)
 
     def time_rows(self, t: Tensor) -> Tensor:
@@ -109,6 +113,8 @@ class UNet(nn.Module):
         h = run(self.input_blocks[0], F.pixel_unshuffle(x, block) if block > 1 else x)
         if self.config.positions:
             h = h + self.position_stem.to(h.dtype)
+        if self.config.keypoints:
+            h = self.keypoint_map(h, rows[-1])
         laterals = [h]
         for stage in self.input_blocks[1:]:
             h = run(stage, h)
@@ -116,16 +122,26 @@ class UNet(nn.Module):
         if self.config.positions:
             h = h + self.position_middle.to(h.dtype)
         if self.config.code_channels:
-            h = self.code_map(h, rows[-1])
+            h = self.code_map(h, rows[-2 if self.config.keypoints else -1])
         h = run(self.middle_block, h)
         for stage in self.output_blocks:
             h = run(stage, torch.cat([h, laterals.pop()], dim=1))
         h = self.out(h)
         return F.pixel_shuffle(h, block) if block > 1 else h
 
-    def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """The prediction [N,3,S,S] for noisy images x [N,3,S,S], timesteps t [N] and z [N,E]."""
-        return self.step(x, *self.modulation(z, self.time_rows(t)))
+    def forward(self, x: Tensor, t: Tensor, z: Tensor, keypoints: Tensor | None = None) -> Tensor:
+        """The prediction [N,3,S,S] for noisy images x [N,3,S,S], timesteps t [N] and z [N,E];
+        `keypoints` [N,P,2] px, if given, stand in for those that z places."""
+        scale, shift = self.modulation(z, self.time_rows(t))
+        if keypoints is not None:
+            placed = keypoints.flatten(1) * (2 / self.config.image_size)
+            scale = torch.cat([scale[:, : -placed.shape[1]], placed], dim=1)
+        return self.step(x, scale, shift)
+
+    def keypoints(self, z: Tensor) -> Tensor:
+        """Where z [N,E] places its points: float32 [N,P,2], x and y in px."""
+        rows = self.keypoint_map.code_row(z) * (self.config.image_size / 2)
+        return rows.reshape(len(z), -1, 2)
 
 
 def _res_block(config: NetworkConfig, cin: int, cout: int) -> ResBlock:
