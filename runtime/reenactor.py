@@ -30,6 +30,7 @@ from diffusionact.runtime.timing import StopWatch
 from diffusionact.runtime.tracker import Tracker, open_tracker, portrait_face
 
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
+Float32Array: TypeAlias = npt.NDArray[np.float32]
 
 SYNTHETIC_DOMAIN = "rendered faces"
 _log = logging.getLogger("diffusionact")
@@ -146,7 +147,7 @@ class Reenactor:
         crop = warp_crop(bgr_to_rgb(portrait_bgr), matrix, side)
         in_crop = landmarks.transformed(matrix)
         image = to_tensor(crop)
-        x_T = self._loop.invert(image, self._loop.encode(image, self._draw(in_crop)))
+        x_T = self.invert(image, self._draw(in_crop))
         return Source(portrait_bgr.copy(), crop, in_crop, matrix, x_T, self.manifest.weights_sha256)
 
     def reenact(
@@ -176,6 +177,23 @@ class Reenactor:
         """
         source.check_made_by(self.manifest.weights_sha256)
         return self._render(target, source, StopWatch())
+
+    def invert(self, image: Float32Array, condition: Float32Array) -> Float32Array:
+        """Return the stochastic code x_T of a picture and a drawing of its own face: what
+        `prepare` does once both are there.
+
+        image, condition, x_T: float32 [1,3,S,S]; the first two in [-1, 1], RGB.
+        """
+        return self._loop.invert(image, self._loop.encode(image, condition))
+
+    def generate(
+        self, x_T: Float32Array, image: Float32Array, condition: Float32Array
+    ) -> Float32Array:
+        """Return the picture x_0 under a drawing: what `render` does once it is drawn.
+
+        x_T: of `invert`; image, condition, x_0: float32 [1,3,S,S] in [-1, 1], RGB.
+        """
+        return self._generate(x_T, image, condition, StopWatch()).copy()
 
     def rest(self, source: Source) -> Result:
         """Return the portrait with its own landmarks: what is shown before the first driver."""
@@ -235,16 +253,22 @@ class Reenactor:
     ) -> Result:
         condition = self._draw(target)
         watch.lap("condition")
-        z = self._loop.encode(source.image, condition)
-        watch.lap("encode")
-        x_0 = self._loop.render(source.x_T, z)
-        watch.lap("render")
+        x_0 = self._generate(source.x_T, source.image, condition, watch)
         crop = bgr_to_rgb(to_uint8(x_0))  # the same swap leads from RGB to BGR
         frame = source.paster.paste(crop) if self.settings.paste else crop
         watch.lap("paste")
         return Result(frame, crop, target, watch.times, seen)
 
-    def _draw(self, landmarks: Landmarks) -> npt.NDArray[np.float32]:
+    def _generate(
+        self, x_T: Float32Array, image: Float32Array, condition: Float32Array, watch: StopWatch
+    ) -> Float32Array:
+        z = self._loop.encode(image, condition)
+        watch.lap("encode")
+        x_0 = self._loop.render(x_T, z)
+        watch.lap("render")
+        return x_0
+
+    def _draw(self, landmarks: Landmarks) -> Float32Array:
         draw_condition(landmarks, len(self._canvas), self.manifest.drawing, self._canvas)
         return to_tensor(self._canvas, self._condition)
 
