@@ -1,0 +1,1 @@
+"""The authors' image pipeline around the networks, in NumPy and OpenCV, one file a stage."""
