@@ -54,7 +54,7 @@ _MESH_FIRST = np.array([ids[0] for ids in _MESH_TO_POINTS])
 _MESH_SECOND = np.array([ids[-1] for ids in _MESH_TO_POINTS])
 _MESH_IRISES = (468, 473)
 MESH_POINTS = 478
-TRACK_ARRAYS = frozenset({"landmarks", "gaze", "pts_ns", "size"})
+TRACK_ARRAYS = frozenset({"landmarks", "gaze", "pts_ns", "size", "codes"})
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Landmarks:
 
     points: float32 [68,3], px (z in the scale of x, NaN where unknown);
     gaze: float32 [2,2], px, the iris of eye 36-41, then of eye 42-47; score: 0..1.
+    codes: float32 [C], what the published tracker read of the face (`runtime.published.codes`).
 
     Raises: SettingsError for other shapes.
     """
@@ -70,6 +71,7 @@ class Landmarks:
     points: Float32Array
     gaze: Float32Array
     score: float = 1.0
+    codes: Float32Array | None = None
 
     def __post_init__(self) -> None:
         shapes = np.shape(self.points), np.shape(self.gaze)
@@ -94,7 +96,8 @@ class Landmarks:
         xy = self.points[:, :2] @ linear.T + offset
         z = self.points[:, 2:] * math.sqrt(abs(np.linalg.det(linear)))
         points = np.concatenate([xy, z], axis=1).astype(np.float32)
-        return Landmarks(points, (self.gaze @ linear.T + offset).astype(np.float32), self.score)
+        gaze = (self.gaze @ linear.T + offset).astype(np.float32)
+        return Landmarks(points, gaze, self.score, self.codes)
 
 
 @dataclass(frozen=True)
@@ -102,29 +105,34 @@ class Track:
     """The landmarks of a clip.
 
     landmarks: float32 [N,68,3], px; gaze: float32 [N,2,2], px; both NaN where no face was
-    found. pts_ns: int64 [N], rising; size: width and height of the pictures, px.
+    found. pts_ns: int64 [N], rising; size: width and height of the pictures, px; codes: float32
+    [N,C] where the published tracker found the faces.
     """
 
     landmarks: Float32Array
     gaze: Float32Array
     pts_ns: npt.NDArray[np.int64]
     size: tuple[int, int]
+    codes: Float32Array | None = None
 
     def __len__(self) -> int:
         return len(self.landmarks)
 
     def __getitem__(self, index: int) -> Landmarks | None:
-        face = Landmarks(self.landmarks[index], self.gaze[index])
+        codes = None if self.codes is None else self.codes[index]
+        face = Landmarks(self.landmarks[index], self.gaze[index], codes=codes)
         return face if face.is_face else None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Return nothing; the file is complete or not there at all."""
+        known = {} if self.codes is None else {"codes": self.codes}
         save_npz(
             path,
             landmarks=self.landmarks,
             gaze=self.gaze,
             pts_ns=self.pts_ns,
             size=np.array(self.size, np.int64),
+            **known,
         )
 
     @classmethod
@@ -163,7 +171,11 @@ class Track:
                 f"{path}: pts_ns do not rise from frame to frame; wanted the frames in order, "
                 "their times in nanoseconds. Without pts_ns the track plays at 25 frames a second"
             )
-        return cls(points, gaze, pts_ns.astype(np.int64), (width, height))
+        codes = arrays.get("codes")
+        if codes is not None and (codes.ndim != 2 or len(codes) != len(raw)):
+            raise MediaError(f"{path}: codes {list(codes.shape)}; wanted [{len(raw)},C]")
+        known = None if codes is None else codes.astype(np.float32)
+        return cls(points, gaze, pts_ns.astype(np.int64), (width, height), known)
 
 
 def sidecar_path(media: str | os.PathLike[str]) -> Path:

@@ -186,7 +186,6 @@ def render_motion(
     progress: ProgressCallback | None = None,
 ) -> list[Mapping[str, int]]:
     """Return the times of each frame, all stages; every frame of the driver is written."""
-    retargeter = act.retargeter(source)
     to_portrait = invert_affine(source.matrix)
     track = motion.track
     times: list[Mapping[str, int]] = []
@@ -196,7 +195,7 @@ def render_motion(
             result = act.reenact(track[i], source, pts_ns)
             spent, image, moved = result.times, result.frame, result.landmarks
         else:
-            target = retargeter.target(track[i], pts_ns)
+            target = act.target(track[i], source, pts_ns)
             moved = target.transformed(to_portrait) if act.settings.paste else target
             watch.lap("retarget")
             spent = watch.times

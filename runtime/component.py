@@ -52,7 +52,7 @@ def open_component(
     threads: int = 0,
     sizes: Mapping[str, int] | None = None,
 ) -> Component:
-    """Return component `name` of the bundle, opened but not bound.
+    """Return component `name` of the bundle, or of its tracker, opened but not bound.
 
     device: "auto" takes the backend's best; threads: 0 leaves the number to the backend;
     sizes: what the manifest's named sizes are in this run, such as {"N": steps}.
@@ -62,10 +62,11 @@ def open_component(
     """
     if backend not in BACKENDS:
         raise SettingsError(f"backend {backend!r} is not known; choose from: {', '.join(BACKENDS)}")
-    if name not in manifest.components:
+    parts = {**manifest.components, **manifest.tracker}
+    if name not in parts:
         raise BundleError(
-            f"{bundle_dir}: has no component {name!r}, only "
-            f"{', '.join(sorted(manifest.components))}; export the bundle again"
+            f"{bundle_dir}: has no component {name!r}, only {', '.join(sorted(parts))}; "
+            "export the bundle again"
         )
     module = importlib.import_module(BACKENDS[backend])
     chosen = module.DEVICES[0] if device == "auto" else device
@@ -74,7 +75,7 @@ def open_component(
             f"backend {backend!r} runs on {', '.join(module.DEVICES)}, not on {chosen!r}; "
             f"choose one of these, or 'auto'"
         )
-    spec = manifest.components[name]
+    spec = parts[name]
     inputs, outputs = (fixed(specs, sizes or {}) for specs in (spec.inputs, spec.outputs))
     component: Component = module.open_model(
         bundle_dir / spec.file, inputs, outputs, device=chosen, threads=threads

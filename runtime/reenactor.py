@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +25,19 @@ from diffusionact.landmarks import Landmarks, crop_matrix
 from diffusionact.manifest import Manifest
 from diffusionact.runtime.component import BACKENDS
 from diffusionact.runtime.loop import Loop, open_loop
+from diffusionact.runtime.published.ranges import stretched_uint8
+from diffusionact.runtime.published.tracker import PublishedTracker
 from diffusionact.runtime.retarget import Retargeter, RetargetSettings
 from diffusionact.runtime.source import Source
 from diffusionact.runtime.timing import StopWatch
-from diffusionact.runtime.tracker import Tracker, open_tracker, portrait_face
+from diffusionact.runtime.tracker import (
+    TRACKERS,
+    Tracker,
+    TrackerKind,
+    open_tracker,
+    open_tracker_of,
+    portrait_face,
+)
 
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
@@ -46,6 +56,8 @@ class Settings:
     paste: bool = True  # into the portrait; otherwise Result.frame is the bare crop
     smoothing: float = 1.0  # of the driver's motion: 0 is off, 2 twice as strong
     absolute_pose: bool = False  # the driver's head pose itself, not its change
+    tracker: TrackerKind = "auto"  # "published" where the bundle has it, else "mediapipe"
+    compat: Literal["published"] | None = None  # the authors' surprises, docs/compatibility.md
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -56,6 +68,10 @@ class Settings:
             raise SettingsError(f"threads={self.threads}; wanted 0 (one a core) or more")
         if not self.smoothing >= 0.0:
             raise SettingsError(f"smoothing={self.smoothing}; wanted 0 (off) or more")
+        if self.tracker not in TRACKERS:
+            raise SettingsError(f"tracker={self.tracker!r}; choose from: {', '.join(TRACKERS)}")
+        if self.compat not in (None, "published"):
+            raise SettingsError(f"compat={self.compat!r}; wanted 'published', or None")
 
 
 @dataclass(frozen=True)
@@ -78,17 +94,24 @@ class Reenactor:
     """Networks of one bundle, opened and bound; not to be shared between threads."""
 
     def __init__(
-        self, manifest: Manifest, loop: Loop, settings: Settings, tracker: Tracker | None = None
+        self,
+        manifest: Manifest,
+        loop: Loop,
+        settings: Settings,
+        tracker: Tracker | None = None,
+        open_tracker: Callable[[], Tracker] = open_tracker,
     ) -> None:
         self.manifest = manifest
         self.settings = settings
         self._loop = loop
         self._tracker = tracker
+        self._open_tracker = open_tracker
         side = manifest.image_size
         self._canvas = np.zeros((side, side, 3), np.uint8)
         self._condition = np.zeros((1, 3, side, side), np.float32)
         self._source: Source | None = None
         self._retargeter: Retargeter | None = None
+        self._held: Landmarks | None = None  # the last drawing from face codes
 
     @classmethod
     def load(
@@ -100,7 +123,7 @@ class Reenactor:
     ) -> Reenactor:
         """Return a reenactor of a bundle, its hashes checked and its networks bound.
 
-        tracker: for pictures; None opens the installed one when the first picture comes.
+        tracker: for pictures; None opens that of the settings when the first picture comes.
 
         Raises: BundleError, SettingsError, DeviceError, BackendMissing.
         """
@@ -115,7 +138,17 @@ class Reenactor:
             device=device,
             threads=settings.threads,
         )
-        return cls(manifest, loop, settings, tracker)
+        opener = partial(
+            open_tracker_of,
+            bundle_dir,
+            manifest,
+            settings.tracker,
+            published=settings.compat == "published",
+            backend=settings.backend,
+            device=device,
+            threads=settings.threads,
+        )
+        return cls(manifest, loop, settings, tracker, opener)
 
     def prepare(
         self,
@@ -134,6 +167,9 @@ class Reenactor:
         Source: DiffusionAct, inversion with the source's own z.
         """
         check_image(portrait_bgr, "portrait")
+        if landmarks is None and isinstance(self.tracker, PublishedTracker):
+            made = self.tracker.portrait(portrait_bgr, face)
+            return self._source_of(portrait_bgr, made.crop, made.landmarks, made.matrix)
         if landmarks is None:
             landmarks = portrait_face(self.tracker.detect(portrait_bgr), face)
             self._warn_of_photo()
@@ -145,10 +181,9 @@ class Reenactor:
         side, how = self.manifest.image_size, self.manifest.crop
         matrix = crop_matrix(landmarks.points, side, how.rotate, how.scale)
         crop = warp_crop(bgr_to_rgb(portrait_bgr), matrix, side)
-        in_crop = landmarks.transformed(matrix)
-        image = to_tensor(crop)
-        x_T = self.invert(image, self._draw(in_crop))
-        return Source(portrait_bgr.copy(), crop, in_crop, matrix, x_T, self.manifest.weights_sha256)
+        # The landmarks drawn are the picture's own, not those of codes: these are forgotten.
+        in_crop = replace(landmarks.transformed(matrix), codes=None)
+        return self._source_of(portrait_bgr, crop, in_crop, matrix)
 
     def reenact(
         self, driver: UInt8Array | Landmarks | None, source: Source, pts_ns: int | None = None
@@ -166,9 +201,26 @@ class Reenactor:
         if isinstance(driver, np.ndarray):
             driver = self._track(driver)
             watch.lap("track")
-        target = self.retargeter(source).target(driver, pts_ns)
+        target = self.target(driver, source, pts_ns)
         watch.lap("retarget")
         return self._render(target, source, watch, driver is not None and driver.is_face)
+
+    def target(
+        self, driver: Landmarks | None, source: Source, pts_ns: int | None = None
+    ) -> Landmarks:
+        """Return the landmarks to draw for a driver, crop px; arguments as of `reenact`.
+
+        Where both faces carry codes, these are the source's shape with all else of the driver, and
+        the last ones while no face is seen; else the driver's motion is retargeted.
+        """
+        retargeter = self._session(source)
+        coded = source.landmarks.codes is not None and (driver is None or driver.codes is not None)
+        tracker = self.tracker if coded else None
+        if not isinstance(tracker, PublishedTracker):
+            return retargeter.target(driver, pts_ns)
+        if driver is not None and driver.is_face:
+            self._held = tracker.mixed(source.landmarks, driver)
+        return source.landmarks if self._held is None else self._held
 
     def render(self, target: Landmarks, source: Source) -> Result:
         """Return the portrait with exactly these landmarks, given in crop px: no retargeting.
@@ -200,8 +252,14 @@ class Reenactor:
         return self.render(source.landmarks, source)
 
     def retargeter(self, source: Source) -> Retargeter:
-        """Return the session's retargeter for this source, to calibrate or recalibrate it."""
+        """Return the session's retargeter for this source, to calibrate or recalibrate it; what
+        was held of a lost face is forgotten."""
+        self._held = None
+        return self._session(source)
+
+    def _session(self, source: Source) -> Retargeter:
         if self._retargeter is None or source is not self._source:
+            self._held = None
             source.check_made_by(self.manifest.weights_sha256)
             self._source = source
             self._retargeter = Retargeter(
@@ -221,14 +279,14 @@ class Reenactor:
     def tracker(self) -> Tracker:
         """The tracker in use, opened now if it was not. Raises: BackendMissing."""
         if self._tracker is None:
-            self._tracker = open_tracker()
+            self._tracker = self._open_tracker()
         return self._tracker
 
     def close(self) -> None:
         """Return nothing; the tracker is closed and the session forgotten."""
         if self._tracker is not None:
             self._tracker.close()
-        self._tracker = self._source = self._retargeter = None
+        self._tracker = self._source = self._retargeter = self._held = None
 
     def __enter__(self) -> Reenactor:
         return self
@@ -240,6 +298,18 @@ class Reenactor:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _source_of(
+        self,
+        portrait_bgr: UInt8Array,
+        crop: UInt8Array,
+        landmarks: Landmarks,
+        matrix: npt.NDArray[np.float64],
+    ) -> Source:
+        image = to_tensor(crop)
+        x_T = self.invert(image, self._draw(landmarks))
+        sha256 = self.manifest.weights_sha256
+        return Source(portrait_bgr.copy(), crop, landmarks, matrix, x_T, sha256)
 
     def _track(self, frame_bgr: UInt8Array) -> Landmarks | None:
         check_image(frame_bgr, "driver frame")
@@ -254,7 +324,8 @@ class Reenactor:
         condition = self._draw(target)
         watch.lap("condition")
         x_0 = self._generate(source.x_T, source.image, condition, watch)
-        crop = bgr_to_rgb(to_uint8(x_0))  # the same swap leads from RGB to BGR
+        picture = stretched_uint8(x_0) if self.settings.compat else to_uint8(x_0)
+        crop = bgr_to_rgb(picture)  # the same swap leads from RGB to BGR
         frame = source.paster.paste(crop) if self.settings.paste else crop
         watch.lap("paste")
         return Result(frame, crop, target, watch.times, seen)

@@ -64,6 +64,7 @@ class Source:
 
         Raises: MediaError when it cannot be written.
         """
+        codes = self.landmarks.codes
         save_npz(
             path,
             format=np.array(FORMAT),
@@ -75,6 +76,7 @@ class Source:
             matrix=self.matrix,
             x_T=self.x_T,
             weights_sha256=np.array(self.weights_sha256),
+            **({} if codes is None else {"codes": codes}),
         )
 
     @classmethod
@@ -90,8 +92,9 @@ class Source:
                 f"{path}: not a prepared source of format {FORMAT}; prepare the portrait again"
             )
         try:
+            codes = _float32(arrays["codes"]) if "codes" in arrays else None
             found = Landmarks(
-                _float32(arrays["points"]), _float32(arrays["gaze"]), float(arrays["score"])
+                _float32(arrays["points"]), _float32(arrays["gaze"]), float(arrays["score"]), codes
             )
             return cls(
                 portrait=np.ascontiguousarray(arrays["portrait"], np.uint8),

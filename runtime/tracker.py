@@ -10,15 +10,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from diffusionact.errors import BackendMissing, NoFace, SettingsError
+from diffusionact.errors import BackendMissing, BundleError, NoFace, SettingsError
 from diffusionact.landmarks import EYE_A, EYE_B, Landmarks, Track, from_mediapipe
+from diffusionact.manifest import ASSETS, Manifest, tracker_tensors
+from diffusionact.runtime.component import open_component
 from diffusionact.runtime.media import Image
+
+TrackerKind: TypeAlias = Literal["auto", "mediapipe", "published"]
+TRACKERS: tuple[TrackerKind, ...] = ("auto", "mediapipe", "published")
 
 MEDIAPIPE_VERSION = "0.10.21"  # the last one whose wheel carries the face model
 LEAN_INSTALL = f"pip install --no-deps mediapipe=={MEDIAPIPE_VERSION} && pip install protobuf"
@@ -47,6 +52,46 @@ class Tracker(Protocol):
 def open_tracker() -> Tracker:
     """Return the tracker that is installed. Raises: BackendMissing with the command to run."""
     return MediaPipeTracker()
+
+
+def open_tracker_of(
+    bundle_dir: Path,
+    manifest: Manifest,
+    kind: TrackerKind = "auto",
+    *,
+    published: bool = False,
+    backend: str = "ort",
+    device: str = "auto",
+    threads: int = 0,
+) -> Tracker:
+    """Return the tracker for a bundle: with "auto" the published one where the bundle has it all,
+    else the installed one.
+
+    published: as the authors have it, surprises included; the rest as in `open_component`.
+
+    Raises: BackendMissing, and BundleError when the published one is wanted and not there.
+    """
+    parts = {*manifest.tracker, *manifest.assets}
+    missing = [name for name in (*tracker_tensors(), *ASSETS) if name not in parts]
+    if kind == "mediapipe" or (kind == "auto" and missing):
+        return open_tracker()
+    if missing:
+        raise BundleError(
+            f"{bundle_dir}: the published tracker lacks {', '.join(missing)}; import its files "
+            "with `diffusionact import --s3fd FILE --fan FILE --emoca DIR --gaze FILE --flame "
+            "FILE -o weights/` and export the bundle again"
+        )
+    from diffusionact.morphable import load_flame
+    from diffusionact.runtime.published.tracker import NETWORKS, PublishedTracker
+
+    networks = {
+        name: open_component(
+            bundle_dir, manifest, name, backend=backend, device=device, threads=threads
+        )
+        for name in NETWORKS
+    }
+    face = load_flame(bundle_dir / manifest.assets["flame"].file)
+    return PublishedTracker(networks, face, manifest.image_size, published)
 
 
 def portrait_face(faces: list[Landmarks], face: int | None = None) -> Landmarks:

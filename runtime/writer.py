@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from diffusionact.errors import MediaError
-from diffusionact.landmarks import Landmarks, Track
+from diffusionact.landmarks import Float32Array, Landmarks, Track
 from diffusionact.runtime.audio import AudioCopy
 from diffusionact.runtime.media import (
     FRAME_NS,
@@ -211,7 +211,17 @@ def make_track(
     for i, face in enumerate(faces):
         if face is not None:
             landmarks[i], gaze[i] = face.points, face.gaze
-    return Track(landmarks, gaze, np.array(times_ns, np.int64), size)
+    pts_ns = np.array(times_ns, np.int64)
+    return Track(landmarks, gaze, pts_ns, size, _codes(faces))
+
+
+def _codes(faces: list[Landmarks] | list[Landmarks | None]) -> Float32Array | None:
+    """What the published tracker read, [N,C], NaN where it saw none; None of another tracker."""
+    known = [None if face is None else face.codes for face in faces]
+    one = next((codes for codes in known if codes is not None), None)
+    if one is None:
+        return None
+    return np.stack([np.full_like(one, np.nan) if codes is None else codes for codes in known])
 
 
 class VideoWriter(_Atomic):

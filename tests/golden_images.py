@@ -21,7 +21,9 @@ import numpy.typing as npt
 
 from diffusionact.condition import Drawing, draw_condition
 from diffusionact.landmarks import Landmarks, gaze_points
+from diffusionact.morphable import flame_from, flame_pixels
 from diffusionact.runtime.published import crop_ffhq, emoca, fan, gaze, ranges, s3fd
+from diffusionact.training.models.frozen.flame import reduced
 
 Array: TypeAlias = npt.NDArray[Any]
 Row: TypeAlias = tuple[str, float, float, float, bool]
@@ -254,7 +256,25 @@ def _landmarks(v: Vectors) -> Iterator[Row]:
 
 
 def _flame(v: Vectors) -> Iterator[Row]:
-    return iter(())
+    arrays = {name[len("flame_") :]: v[name] for name, _ in v.matching(r"flame_(?!in_|out_).+")}
+    if not arrays:
+        return
+    limit = v.limit("gaze_and_flame")
+    codes = [v[f"flame_in_{name}"] for name in ("shape", "exp", "pose")]
+    face = flame_from(reduced(arrays))
+    if "flame_out_verts" in v:
+        tables = [arrays[f"{kind}_lmk_faces_idx"].ravel() for kind in ("dynamic", "static")]
+        kept = np.unique(arrays["f"][np.concatenate(tables)])
+        wanted = v["flame_out_verts"]
+        name = f"flame_out_verts ({len(kept)} of {wanted.shape[1]} lie under landmarks)"
+        yield _row(name, face.vertices(*codes), wanted[:, kept], limit)
+    if "flame_out_landmarks2d_px224" in v:
+        seen = flame_pixels(face.landmarks(*codes), v["flame_in_cam"])[..., :2]
+        yield _row("flame_out_landmarks2d_px224", seen, v["flame_out_landmarks2d_px224"], limit)
+    if "flame_out_lmk3d68_static_contour" in v:
+        # 68 points before projection: of the turning contour, whatever the name says
+        wanted = v["flame_out_lmk3d68_static_contour"]
+        yield _row("flame_out_lmk3d68_static_contour", face.landmarks(*codes), wanted, limit)
 
 
 def _rule(directory: Path) -> Callable[..., Array]:

@@ -60,7 +60,9 @@ def crop_ffhq(image: UInt8Array, points: FloatArray, side: int) -> UInt8Array:
     extent = np.array(image.shape[1::-1])
     first, last = np.maximum(low - border, 0), np.minimum(high + border, extent)
     if (last - first < extent).any():
-        image = image[first[1] : last[1], first[0] : last[0]]
+        image = image[max(first[1], 0) : max(last[1], 0), max(first[0], 0) : max(last[0], 0)]
+        if image.size == 0:
+            raise NoFace("the face lies outside the picture")
         quad = quad - first.astype(quad.dtype)
         extent = np.array(image.shape[1::-1])
     low, high = np.floor(quad.min(axis=0)).astype(int), np.ceil(quad.max(axis=0)).astype(int)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -49,10 +49,10 @@ class Window:
         return np.asarray(points, np.float32) * back - shift * back
 
 
-def crop(image: Float32Array, window: Window, side: int, antialias: bool) -> Float32Array:
+def crop(image: npt.NDArray[Any], window: Window, side: int, antialias: bool) -> Float32Array:
     """Return what the network sees, float32 [1,3,side,side]: black beyond the picture.
 
-    image: float32 [H,W,3]; antialias: average where it shrinks, as torchvision since 0.17; the
+    image: [H,W,3], in the range that the network sees or any other; antialias: average where it shrinks, as torchvision since 0.17; the
     authors' 0.8 does not.
     """
     ends = window.to_picture(np.array([[1.0, 1.0], [side, side]]), side)
