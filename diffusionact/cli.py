@@ -82,6 +82,26 @@ def run(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def import_(arguments: argparse.Namespace) -> int:
+    """Read published checkpoints into a folder of weights."""
+    with _extra("import", "export"):
+        from diffusionact.training.imports import Request, import_published
+        from diffusionact.training.published import load_network
+
+        given = {
+            name: Path(value)
+            for name in ("diffusionact", "diffae", "s3fd", "fan", "emoca", "gaze")
+            if (value := getattr(arguments, name)) is not None
+        }
+        flame = tuple(Path(file) for file in arguments.flame or ())
+        network = load_network(arguments.network) if arguments.network else None
+        report = import_published(
+            Request(**given, flame=flame, network=network), Path(arguments.output)
+        )
+    _say(arguments, dataclasses.asdict(report), "\n".join(report.lines()))
+    return DONE
+
+
 def export(arguments: argparse.Namespace) -> int:
     """Make a bundle from weights."""
     with _extra("export"):
@@ -144,14 +164,15 @@ def _parser() -> argparse.ArgumentParser:
         command: Callable[[argparse.Namespace], int], text: str, *parents: argparse.ArgumentParser
     ) -> argparse.ArgumentParser:
         made = commands.add_parser(
-            command.__name__, parents=[*parents, talk], help=text, description=text
+            command.__name__.rstrip("_"), parents=[*parents, talk], help=text, description=text
         )
         made.set_defaults(command=command, log="warning")
         return made
 
     _fill_demo(add(demo, "Shipped portrait, shipped driver -> a video and a picture.", model))
     _fill_run(add(run, "Move a portrait with the face in a picture, video or track.", model))
-    _fill_export(add(export, "Trained weights -> a bundle of ONNX files."))
+    _fill_import(add(import_, "Published checkpoints -> a folder of weights."))
+    _fill_export(add(export, "Weights -> a bundle of ONNX files."))
     _fill_train(add(train, "Train what a recipe says."))
     _fill_check(add(check, "Versions, devices, backends, tracker, and a bundle's health."))
     return parser
@@ -233,8 +254,25 @@ def _fill_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _fill_import(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("diffusionact", nargs="?", metavar="diffusionact_model.pt", help="DiffusionAct's file")
+    add("-o", "--output", required=True, metavar="DIR", help="the folder; one there is added to")
+    add("--diffae", metavar="last.ckpt", help="DiffAE's file, for what the first one lacks")
+    add("--s3fd", metavar="FILE", help="the face detector's file")
+    add("--fan", metavar="FILE", help="the landmark detector's file")
+    add("--emoca", metavar="DIR", help="EMOCA_v2_lr_mse_20, the face encoder's folder")
+    add("--gaze", metavar="FILE", help="the gaze estimator's file")
+    add("--flame", nargs="+", metavar="FILE", help="generic_model.pkl and landmark_embedding.npy")
+    add("--network", metavar="NAME", help="its sizes: ffhq256, ffhq128, ffhq64 or a JSON file")
+
+
 def _fill_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("weights", metavar="WEIGHTS", help="a .safetensors file of training")
+    parser.add_argument(
+        "weights",
+        metavar="WEIGHTS",
+        help="a .safetensors file of training, or the folder that `import` wrote",
+    )
     parser.add_argument("-o", "--output", required=True, metavar="BUNDLE", help="the new folder")
     parser.set_defaults(log="info")
 
@@ -303,7 +341,7 @@ def _terminable() -> Iterator[None]:
 
 
 @contextmanager
-def _extra(name: str) -> Iterator[None]:
+def _extra(command: str, extra: str | None = None) -> Iterator[None]:
     """Turn a library that is not installed into a message that names the extra it comes with."""
     try:
         yield
@@ -311,8 +349,8 @@ def _extra(name: str) -> Iterator[None]:
         if error.name is None or error.name.split(".")[0] == "diffusionact":
             raise
         raise BackendMissing(
-            f"`diffusionact {name}` needs {error.name}, which is not installed; "
-            f"run: pip install 'diffusionact[{name}]', or `make dev` in a checkout"
+            f"`diffusionact {command}` needs {error.name}, which is not installed; "
+            f"run: pip install 'diffusionact[{extra or command}]', or `make dev` in a checkout"
         ) from error
 
 

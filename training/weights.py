@@ -73,12 +73,25 @@ def save(
     Raises:
         SettingsError: a part has an unknown name, or a value has no finite form in `dtype`.
     """
+    tensors = {part: network.state_dict() for part, network in parts.items()}
+    save_tensors(path, config, tensors, provenance=provenance, dtype=dtype)
+
+
+def save_tensors(
+    path: Path | str,
+    config: NetworkConfig,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    *,
+    provenance: Mapping[str, Any],
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """As `save`, of tensors instead of networks."""
     if unknown := sorted(set(parts) - set(PARTS)):
         raise SettingsError(f"parts {unknown} are unknown; a weights file has {list(PARTS)}")
     tensors = {
         f"{part}.{name}": tensor.detach().to("cpu", dtype).contiguous()
-        for part, network in parts.items()
-        for name, tensor in network.state_dict().items()
+        for part, named in parts.items()
+        for name, tensor in named.items()
     }
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -88,10 +101,14 @@ def save(
         "config": json.dumps(config.to_dict()),
         "provenance": json.dumps(dict(provenance)),
     }
-    target = Path(path)
-    part_path = target.with_name(f".part-{target.name}")
-    part_path.write_bytes(to_bytes(tensors, metadata))  # save_file's are for the owner alone
-    os.replace(part_path, target)
+    write_whole(Path(path), to_bytes(tensors, metadata))  # save_file's are for the owner alone
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Nothing; the file has this content, or what it had before."""
+    part_path = path.with_name(f".part-{path.name}")
+    part_path.write_bytes(content)
+    os.replace(part_path, path)
 
 
 def load(path: Path | str) -> Weights:
@@ -109,7 +126,10 @@ def load(path: Path | str) -> Weights:
             f"{path}: no such weights file; diffusionact train writes it"
         ) from error
     except (OSError, SafetensorError) as error:
-        raise SettingsError(f"{path}: not a readable safetensors file ({error})") from error
+        raise SettingsError(
+            f"{path}: not a readable safetensors file ({error}); published checkpoints go through "
+            "diffusionact import first"
+        ) from error
     if metadata.get("format") != FORMAT:
         raise SettingsError(
             f"{path}: weights format {metadata.get('format')!r}, this version reads {FORMAT!r}; "
