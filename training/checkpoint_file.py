@@ -211,13 +211,16 @@ def _load(path: Path, names: set[str], zipped: bool) -> Any:
 
 def _numbers_of_numpy() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """What a number or array of NumPy is made of, under its names in NumPy 1 and 2."""
-    scalar, array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
-    kinds = [type(np.dtype(code)) for code in ("f8", "f4", "f2", "i8", "i4", "u1", "?")]
+    made: dict[str, Any] = {
+        "scalar": np.float64(0).__reduce__()[0],
+        "_reconstruct": np.zeros(1).__reduce__()[0],
+    }
     named = [
-        (function, f"numpy.{package}.multiarray.{function.__name__}")
-        for function in (scalar, array)
+        (function, f"numpy.{package}.multiarray.{name}")
+        for name, function in made.items()
         for package in ("core", "_core")
     ]
+    kinds = [type(np.dtype(code)) for code in ("f8", "f4", "f2", "i8", "i4", "u1", "?")]
     return [np.dtype, np.ndarray, *kinds, *named]
 
 

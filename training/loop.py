@@ -29,6 +29,7 @@ from diffusionact.training.muon import Muon
 from diffusionact.training.sheets import held_out_pairs, pictures, scores, write_sheet
 from diffusionact.training.stages import stage_loss, to_sample, trained
 from diffusionact.training.state import State
+from diffusionact.training.world import World, join_world
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def train(
     device: str = "auto",
 ) -> Path:  # fmt: skip
     """Returns the folder of the run, after training all stages of the recipe, or up to a stop
-    signal; `resume` goes on from its last checkpoint.
+    signal; `resume` goes on from its last checkpoint. Under torchrun every process trains on
+    batches of its own, and all take the mean of their gradients.
 
     Raises:
         SettingsError: the recipe, pool or checkpoint does not fit, or the folder is another run's.
@@ -54,11 +56,12 @@ def train(
             f"{folder / 'last.pt'} is the checkpoint of another run, which a new one would "
             "overwrite; go on with it by --resume, or name another folder with -o"
         )
-    trainer = Trainer(recipe, folder, choose_device(device))
-    if resume:
-        trainer.resume()
-    if trainer.run():
-        finish(trainer.state, recipe, Path(recipe.weights))
+    with join_world(choose_device(device)) as world:
+        trainer = Trainer(recipe, folder, world.device, world)
+        if resume:
+            trainer.resume()
+        if trainer.run() and world.first:
+            finish(trainer.state, recipe, Path(recipe.weights))
     return folder
 
 
@@ -102,8 +105,11 @@ class TrainingDiverged(DiffusionActError):
 class Trainer:
     """One run in a folder: last.pt, curves.jsonl, sheets."""
 
-    def __init__(self, recipe: Recipe, folder: Path, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, device: torch.device, world: World | None = None
+    ) -> None:
         self.recipe, self.folder, self.device = recipe, folder, device
+        self.world = world or World(device)
         self.pool = Pool.open(recipe.pool.folder)
         self.identities = self.pool.identities - recipe.pool.held_out
         self.state = State(recipe, _statistics(self.pool, self.identities), device)
@@ -150,18 +156,18 @@ class Trainer:
         self.cache = InversionCache(self.recipe.inversions.capacity, self.pool.size)
 
     def _run_stage(self, stage: StageRecipe) -> None:
-        seed = (self.recipe.seed, self.state.progress.stage)
+        seed = (self.recipe.seed, self.state.progress.stage, *self.world.stream)
         sampler = PairSampler(self.pool, self.identities, stage, self.cache, seed)
         batches = Prefetcher(sampler, self.state.progress.step)
         clock = _Clock(self.state.progress.seconds)
-        curve = _Curve(self.folder / "curves.jsonl", self.recipe.loop.log_every_steps)
+        curve = _Curve(self.folder / "curves.jsonl", self.recipe.loop.log_every_steps, self.state)
         saved = sheeted = time.monotonic()
         try:
             while not self.stop and fraction(stage, self.state) < 1:
                 self._refresh(stage)
-                parts = self._step(stage, next(batches))
-                self.state.progress.seconds = clock.seconds()
-                curve.add(self.state, stage, parts)
+                parts = self._step(stage, next(batches), clock)
+                if self.world.first:
+                    curve.add(self.state, stage, parts)
                 now = time.monotonic()
                 if stage.kind != "scene" and now - sheeted > 60 * self.recipe.loop.sheet_minutes:
                     self.sheet(stage)
@@ -172,7 +178,7 @@ class Trainer:
         finally:
             batches.close()
 
-    def _step(self, stage: StageRecipe, batch: Any) -> dict[str, Tensor]:
+    def _step(self, stage: StageRecipe, batch: Any, clock: _Clock) -> dict[str, Tensor]:
         state, progress = self.state, self.state.progress
         optimizer = state.optimizer
         assert optimizer is not None
@@ -185,12 +191,13 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        progress.seconds, self.stop = self.world.agree(parameters, clock.seconds(), self.stop)
         parts["gradient"] = torch.nn.utils.clip_grad_norm_(parameters, stage.clip)
         self._finite(parts)
         optimizer.step()
         progress.step += 1
-        progress.images += len(batch.target)
-        progress.seen += len(batch.target)
+        progress.images += len(batch.target) * self.world.size
+        progress.seen += len(batch.target) * self.world.size
         decay = min(stage.ema, (1 + progress.step) / (10 + progress.step))
         state.average(decay, trained(stage))
         return {name: value.detach() for name, value in parts.items()}
@@ -219,7 +226,7 @@ class Trainer:
     def _invert(self, stage: StageRecipe, index: int) -> None:
         recipe, pool, ema = self.recipe.inversions, self.pool, self.state.ema
         stream = (self.recipe.seed, self.state.progress.stage, INVERSION_STREAM + index)
-        rng = np.random.default_rng(stream)
+        rng = np.random.default_rng((*stream, *self.world.stream))
         identity = rng.integers(self.identities, size=recipe.batch)
         frame = rng.integers(pool.frames, size=recipe.batch)
         source = to_batch(pool.images[identity, frame], self.device)
@@ -233,7 +240,9 @@ class Trainer:
         self.cache.add(x_T.cpu().numpy(), identity, frame)
 
     def sheet(self, stage: StageRecipe) -> dict[str, float]:
-        """Writes a sample sheet, logs its PSNRs and returns them."""
+        """Writes a sample sheet, logs its PSNRs and returns them; one process does it for all."""
+        if not self.world.first:
+            return {}
         with self._autocast():
             rows = pictures(self.state, self.pairs, self.device, stage.kind != "autoencoder")
         psnrs = scores(rows, self.pairs)
@@ -244,12 +253,14 @@ class Trainer:
         return psnrs
 
     def save(self) -> None:
-        self.state.save(self.folder / "last.pt", self.recipe)
+        if self.world.first:
+            self.state.save(self.folder / "last.pt", self.recipe)
 
     def _generator(self) -> torch.Generator:
         """The random numbers of this step, the same in an unbroken and a resumed run."""
         key = (self.recipe.seed, self.state.progress.stage, self.state.progress.step)
-        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
+        sequence = np.random.SeedSequence((*key, *self.world.stream))
+        seed = int(sequence.generate_state(1, np.uint32)[0])
         return torch.Generator(self.device).manual_seed(seed)
 
     def _autocast(self) -> torch.autocast:
@@ -283,17 +294,17 @@ class _Clock:
 class _Curve:
     """Means of the losses over `every` steps, as lines of JSON."""
 
-    def __init__(self, path: Path, every: int) -> None:
+    def __init__(self, path: Path, every: int, state: State) -> None:
         self._path, self._every, self._rows = path, every, list[dict[str, Tensor]]()
-        self._start = time.monotonic()
+        self._start, self._seen = time.monotonic(), state.progress.seen
 
     def add(self, state: State, stage: StageRecipe, parts: dict[str, Tensor]) -> None:
         self._rows.append(parts)
         if len(self._rows) < self._every:
             return
         means = {k: float(torch.stack([row[k] for row in self._rows]).mean()) for k in parts}
-        rate_per_s = len(self._rows) * stage.batch / (time.monotonic() - self._start)
         progress = state.progress
+        rate_per_s = (progress.seen - self._seen) / (time.monotonic() - self._start)
         record = {
             "stage": stage.kind, "step": progress.step, "images": progress.images,
             "seen": progress.seen, "seconds": round(progress.seconds, 1),
@@ -302,7 +313,7 @@ class _Curve:
         }  # fmt: skip
         _append(self._path, record)
         log.info("%s", " ".join(f"{k}={v}" for k, v in record.items()))
-        self._rows, self._start = [], time.monotonic()
+        self._rows, self._start, self._seen = [], time.monotonic(), progress.seen
 
 
 def fraction(stage: StageRecipe, state: State) -> float:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from diffusionact.errors import SettingsError
+from diffusionact.manifest import file_sha256
 from diffusionact.training.models.frozen import NETWORKS, FrozenNetwork
 from diffusionact.training.weights import write_whole
 
@@ -103,9 +104,36 @@ def read_record(folder: Path) -> Record:
         return Record()
     try:
         values = json.loads(path.read_bytes())
-        return Record(dict(values["files"]), dict(values["outputs"]))
+        record = Record(dict(values["files"]), dict(values["outputs"]))
+        told = [
+            text for entry in record.files.values() for text in (entry["title"], entry["licence"])
+        ]
+        if not all(isinstance(text, str) for text in (*told, *record.outputs.values())):
+            raise TypeError("a title, licence or sha256 is no text")
+        return record
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{path}: not a record of an import ({error}). {_MEND}") from error
+
+
+def checked_record(folder: Path) -> Record:
+    """What import.json says of a folder that has a diffusion model, its files unchanged since.
+
+    Raises:
+        SettingsError: the folder is none of an import, has no diffusion model, or a file of it is
+            gone or was changed.
+    """
+    record = read_record(folder)
+    if MODEL_FILE not in record.outputs:
+        raise SettingsError(
+            f"{folder}: has no {MODEL_FILE} of an import; make it: "
+            f"diffusionact import diffusionact_model.pt -o {folder}"
+        )
+    for name, due in record.outputs.items():
+        path = folder / Path(name).name
+        if not path.is_file() or (seen := file_sha256(path)) != due:
+            what = f"sha256 {seen}" if path.is_file() else "gone"
+            raise SettingsError(f"{path}: {what}, {RECORD_FILE} says {due}. {_MEND}")
+    return record
 
 
 def write_record(folder: Path, record: Record, missing: Mapping[str, str]) -> None:

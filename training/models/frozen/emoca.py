@@ -82,7 +82,7 @@ class Emoca(FrozenNetwork):
             cfg.yaml contradicts them.
         """
         ours = {name.removeprefix(PREFIX): value for name, value in named(cls.NAME, state).items()}
-        return cls._load(ours, _config(ours, cfg_yaml), _spare)
+        return cls._load(ours, config_of(ours, cfg_yaml), _spare)
 
 
 class Encoder(nn.Module):
@@ -109,10 +109,15 @@ def _spare(name: str) -> str | None:
     return name.split(".", 1)[0]
 
 
-def _config(state: Mapping[str, Any], cfg_yaml: str) -> dict[str, bool]:
-    """The constructor's arguments, from what the tensors show and, where they leave two
-    readings (53 rows: head or jaw?), from cfg.yaml; without that, the jaw, as in its makers'
-    default."""
+def config_of(state: Mapping[str, Any], cfg_yaml: str) -> dict[str, bool]:
+    """The constructor's arguments for a checkpoint.
+
+    The tensors say them all but one: whether 53 rows turn the head or the jaw. That is in
+    cfg.yaml; without it the jaw, as in its makers' default.
+
+    state: names without `deca.`.
+    Raises: SettingsError: the rows are none of EMOCA's, or cfg.yaml contradicts them.
+    """
     clone = any(name.startswith("E_expression.encoder.") for name in state)
     last = state.get(EXPRESSION_ROWS)
     rows = last.shape[0] if isinstance(last, Tensor) and last.ndim else 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 from typing import Any, ClassVar
 
 import numpy as np
@@ -142,7 +143,9 @@ def _tensor(record: Record) -> NDArray[Any]:
     if not isinstance(storage, Record) or storage.called != "torch.storage._load_from_bytes":
         raise ValueError("a tensor without its numbers")
     file = io.BytesIO(_bytes(storage.args[0]))
-    held = torch.load(file, map_location="cpu", weights_only=True)
-    flat = torch.tensor([], dtype=held.dtype).set_(held.untyped())
+    with warnings.catch_warnings():  # torch writes tensors of a pickle so, and deprecates the class
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")
+        held = torch.load(file, map_location="cpu", weights_only=True)
+        flat = torch.tensor([], dtype=held.dtype).set_(held.untyped())
     values: NDArray[Any] = flat.as_strided(size, stride, offset).numpy().copy()
     return values
