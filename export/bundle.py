@@ -1,4 +1,4 @@
-"""A weights file to a bundle: the folder that the runtime opens."""
+"""Weights to a bundle: the folder that the runtime opens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,21 @@ from diffusionact import schedule
 from diffusionact.condition import Drawing
 from diffusionact.errors import BundleError
 from diffusionact.export import parity, to_onnx, wrap
-from diffusionact.manifest import ComponentSpec, Crop, Manifest, Sampling, Schedule, Training
+from diffusionact.manifest import (
+    AssetSpec,
+    ComponentSpec,
+    Crop,
+    Manifest,
+    Sampling,
+    Schedule,
+    TensorSpec,
+    Training,
+)
+from diffusionact.morphable import load_flame
 from diffusionact.training import weights as weights_file
+from diffusionact.training import weights_folder
 from diffusionact.training.models import ReenactmentEncoder, UNet
+from diffusionact.training.models.frozen import NETWORKS
 
 log = logging.getLogger(__name__)
 
@@ -49,36 +61,91 @@ class Card:
 
 
 FACE128_CARD = Card()
+# Source: DiffusionAct code, how its authors run their network.
+PUBLISHED_CARD = Card(
+    name="diffusionact",
+    render=Sampling(20, (10, 20, 50)),
+    invert=Sampling(50, (20, 50, 100)),
+    crop=Crop(rotate=True),
+    drawing=Drawing(),
+    training=Training(
+        data="VoxCeleb1 (DiffusionAct), after FFHQ (DiffAE)",
+        licence="faces of VoxCeleb and FFHQ: research only",
+        domain="photographs of faces",
+    ),
+    licence="",
+)
 
 
-def export_bundle(weights_path: Path, out_dir: Path, card: Card = FACE128_CARD) -> Manifest:
+@dataclass(frozen=True)
+class _Content:
+    """What goes into a bundle.
+
+    tracker: the networks of the published tracker that there are; flame: its face model's file.
+    """
+
+    weights: weights_file.Weights
+    sha256: str
+    card: Card
+    tracker: Mapping[str, nn.Module]
+    flame: Path | None = None
+
+
+def export_bundle(weights_path: Path, out_dir: Path, card: Card | None = None) -> Manifest:
     """The manifest of the bundle, which is in `out_dir` when this returns, whole or not at all.
 
     A bundle that is there already is replaced.
 
+    Args:
+        weights_path: a file of training, or the folder that `diffusionact import` wrote.
+        card: None takes that of the shipped network for a file, the published one for a folder.
+
     Raises:
-        SettingsError: the weights file is missing, damaged or lacks a part.
+        SettingsError: the weights are missing, damaged, changed since their import, or lack a part.
         BundleError: `out_dir` is something else than a bundle, or ONNX Runtime's answers are too
             far from PyTorch's.
     """
-    weights = weights_file.load(weights_path)
+    content = _content(weights_path, card)
     _check_free(out_dir)
+    weights = content.weights
     encoder = cast(ReenactmentEncoder, weights.network("reenactment"))
     render = cast(UNet, weights.network("render"))
     invert = cast(UNet, weights.network("invert")) if "invert" in weights.parts else None
     modules = wrap.components(encoder, render, invert)
-    bare = _bare_manifest(weights, render, manifest_file.file_sha256(Path(weights_path)), card)
+    bare = _bare_manifest(weights, render, content.sha256, content.card)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     folder = out_dir.with_name(f".part-{out_dir.name}-{uuid.uuid4().hex[:8]}")
     try:
         folder.mkdir()
-        manifest = _write_components(folder, bare, modules)
-        _write_parity(folder, parity.measure(folder, manifest, modules))
+        manifest = _write_components(folder, bare, modules, content.tracker)
+        manifest = replace(manifest, assets=_write_assets(folder, content.flame))
+        rows = parity.measure(folder, manifest, {**modules, **content.tracker})
+        _write_parity(folder, rows)
         manifest_file.write(folder, manifest)
         _put_in_place(folder, out_dir)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return manifest
+
+
+def _content(path: Path, card: Card | None) -> _Content:
+    """What a weights file, or a folder of an import, has for a bundle."""
+    if not path.is_dir():
+        weights = weights_file.load(path)
+        return _Content(weights, manifest_file.file_sha256(path), card or FACE128_CARD, {})
+    record = weights_folder.checked_record(path)
+    weights = weights_file.load(path / weights_folder.MODEL_FILE)
+    if card is None:
+        terms = {entry["title"]: entry["licence"] for entry in record.files.values()}
+        licence = "; ".join(f"{title}: {licence}" for title, licence in terms.items())
+        name = f"{PUBLISHED_CARD.name}{weights.config.image_size}"
+        card = replace(PUBLISHED_CARD, name=name, licence=licence)
+    tracker = {
+        name: network for name in NETWORKS if (network := weights_folder.load_helper(path, name))
+    }
+    flame = path / weights_folder.FLAME_FILE
+    digest = record.outputs[weights_folder.MODEL_FILE]
+    return _Content(weights, digest, card, tracker, flame if flame.is_file() else None)
 
 
 def _bare_manifest(
@@ -119,18 +186,51 @@ def _flat(provenance: Mapping[str, Any]) -> dict[str, str | int | float]:
     return {k: v if type(v) in (str, int, float) else json.dumps(v) for k, v in provenance.items()}
 
 
-def _write_components(folder: Path, bare: Manifest, modules: Mapping[str, nn.Module]) -> Manifest:
-    """The manifest with the components, whose files are in the folder."""
+def _write_components(
+    folder: Path,
+    bare: Manifest,
+    modules: Mapping[str, nn.Module],
+    tracker: Mapping[str, nn.Module],
+) -> Manifest:
+    """The manifest with the components and the tracker's, whose files are in the folder."""
     tensors = manifest_file.component_tensors(bare)
-    components = {}
-    for name, module in modules.items():
-        path = folder / f"{name}.onnx"
-        inputs, outputs = tensors[name.removesuffix("_invert")]
-        to_onnx.export(module, inputs, outputs, path)
-        digest = manifest_file.file_sha256(path)
-        components[name] = ComponentSpec(path.name, digest, inputs, outputs)
-        log.info("%s: %.1f MB", path.name, path.stat().st_size / 1e6)
-    return replace(bare, components=components)
+    components = {
+        name: _write_component(folder, name, module, *tensors[name.removesuffix("_invert")])
+        for name, module in modules.items()
+    }
+    tensors = manifest_file.tracker_tensors()
+    found = {
+        name: _write_component(folder, name, module, *tensors[name])
+        for name, module in tracker.items()
+    }
+    return replace(bare, components=components, tracker=found)
+
+
+def _write_component(
+    folder: Path,
+    name: str,
+    module: nn.Module,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+) -> ComponentSpec:
+    path = folder / f"{name}.onnx"
+    to_onnx.export(module, inputs, outputs, path)
+    log.info("%s: %.1f MB", path.name, path.stat().st_size / 1e6)
+    return ComponentSpec(path.name, manifest_file.file_sha256(path), inputs, outputs)
+
+
+def _write_assets(folder: Path, flame: Path | None) -> dict[str, AssetSpec]:
+    """The bundle's files that are no networks, by name; they are in the folder.
+
+    Raises:
+        BundleError: the face model is damaged.
+    """
+    if flame is None:
+        return {}
+    load_flame(flame)
+    path = folder / weights_folder.FLAME_FILE
+    shutil.copyfile(flame, path)
+    return {"flame": AssetSpec(path.name, manifest_file.file_sha256(path))}
 
 
 def _write_parity(folder: Path, rows: tuple[parity.Row, ...]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from diffusionact import schedule
-from diffusionact.manifest import Manifest
+from diffusionact.manifest import ComponentSpec, Manifest
 
 Array: TypeAlias = npt.NDArray[Any]
 Runner: TypeAlias = Callable[..., list[Array]]  # (component name, inputs in order) -> outputs
@@ -50,7 +50,8 @@ class Row:
 def measure(
     bundle_dir: Path, manifest: Manifest, modules: Mapping[str, nn.Module]
 ) -> tuple[Row, ...]:
-    """One row for each component, one for a render and one for inversion and render.
+    """One row for each component, one for a render and one for inversion and render, and one for
+    each network of the tracker.
 
     Args:
         modules: component name -> the module that was exported.
@@ -66,6 +67,7 @@ def measure(
     due, seen = (reenact(run, manifest, *pictures(side)) for run in runners)
     what = f"inversion, T={INVERT_STEPS}, and render, T={RENDER_STEPS}"
     rows.append(_row(what, due, seen, REENACTED_MAX, FRAME_MEAN))
+    rows += [_component_row(name, manifest, runners, rng) for name in manifest.tracker]
     return tuple(rows)
 
 
@@ -97,13 +99,13 @@ def onnx_runner(bundle_dir: Path, manifest: Manifest) -> Runner:
         name: onnxruntime.InferenceSession(
             str(bundle_dir / part.file), providers=["CPUExecutionProvider"]
         )
-        for name, part in manifest.components.items()
+        for name, part in _networks(manifest).items()
     }
 
     def run(name: str, *inputs: Array) -> list[Array]:
-        specs = manifest.components[name].inputs
+        specs = _networks(manifest)[name].inputs
         feed = {spec.name: array for spec, array in zip(specs, inputs, strict=True)}
-        wanted = [spec.name for spec in manifest.components[name].outputs]
+        wanted = [spec.name for spec in _networks(manifest)[name].outputs]
         outputs: list[Array] = sessions[name].run(wanted, feed)
         return outputs
 
@@ -152,6 +154,10 @@ def pictures(side: int) -> tuple[Array, Array, Array]:
     return image[None].astype(np.float32), of_source, of_target
 
 
+def _networks(manifest: Manifest) -> dict[str, ComponentSpec]:
+    return {**manifest.components, **manifest.tracker}
+
+
 def _alpha_bars(manifest: Manifest) -> schedule.Float64Array:
     plan = manifest.schedule
     return schedule.alpha_bars(plan.total, plan.beta_start, plan.beta_end)
@@ -161,7 +167,7 @@ def _component_row(
     name: str, manifest: Manifest, runners: tuple[Runner, Runner], rng: np.random.Generator
 ) -> Row:
     inputs = []
-    for spec in manifest.components[name].inputs:
+    for spec in _networks(manifest)[name].inputs:
         shape = [RENDER_STEPS if isinstance(size, str) else size for size in spec.shape]
         values = (
             rng.standard_normal(shape) if spec.range is None else rng.uniform(*spec.range, shape)

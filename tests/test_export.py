@@ -18,13 +18,15 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from diffusionact import manifest as manifest_file
+from diffusionact.condition import Drawing
 from diffusionact.errors import BundleError, SettingsError
 from diffusionact.export import bundle, parity, to_onnx, wrap
-from diffusionact.manifest import TensorSpec
+from diffusionact.manifest import Crop, TensorSpec
 from diffusionact.schedule import inversion_timesteps
-from diffusionact.training import weights
+from diffusionact.training import weights, weights_folder
 from diffusionact.training.faces import POSE_RANGE_DEG
 from diffusionact.training.models import FACE128, ReenactmentEncoder, UNet
+from diffusionact.training.models.frozen import NETWORKS, FrozenNetwork, flame
 
 pytestmark = pytest.mark.torch
 
@@ -268,3 +270,104 @@ def test_a_failed_comparison_leaves_no_bundle(
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no such weights file"):
         bundle.export_bundle(tmp_path / "absent.safetensors", tmp_path / "bundle")
+
+
+def tracker_network(name: str) -> FrozenNetwork:
+    """A helper network with small random weights, in evaluation mode."""
+    torch.manual_seed(0)
+    network = NETWORKS[name]().eval().requires_grad_(False)
+    state = network.state_dict()
+    for tensor in state.values():
+        tensor.mul_(0.9)
+    return NETWORKS[name].from_tensors(state)
+
+
+def face_model() -> dict[str, Any]:
+    """The arrays of a FLAME of random numbers."""
+    rng = np.random.default_rng(0)
+    return {
+        "v_template": rng.normal(0, 0.1, (60, 3)), "shapedirs": rng.normal(0, 0.01, (60, 3, 400)),
+        "posedirs": rng.normal(0, 0.01, (60, 3, 36)), "J_regressor": np.full((5, 60), 1 / 60),
+        "weights": np.full((60, 5), 0.2), "f": rng.permuted(np.tile(np.arange(60), (90, 1)), 1)[:, :3],
+        "kintree_table": np.array([[-1, 0, 1, 1, 1], [0, 1, 2, 3, 4]]),
+        "static_lmk_faces_idx": rng.integers(0, 90, 51),
+        "static_lmk_bary_coords": np.full((51, 3), 1 / 3),
+        "dynamic_lmk_faces_idx": rng.integers(0, 90, (79, 17)),
+        "dynamic_lmk_bary_coords": np.full((79, 17, 3), 1 / 3),
+    }  # fmt: skip
+
+
+def imported(folder: Path, *helpers: str) -> Path:
+    """A folder as `diffusionact import` leaves it."""
+    folder.mkdir()
+    path = folder / weights_folder.MODEL_FILE
+    weights.save(path, TINY, networks(True), provenance={"licence": "x"}, dtype=torch.float32)
+    paths = [path] + [
+        weights_folder.save_helper(folder, tracker_network(n), "0" * 64) for n in helpers
+    ]
+    if helpers:
+        paths.append(weights_folder.save_flame(folder, flame.reduced(face_model())))
+    files = {"diffusionact": {"title": "DiffusionAct", "licence": "none stated"}}
+    outputs = {path.name: manifest_file.file_sha256(path) for path in paths}
+    weights_folder.write_record(folder, weights_folder.Record(files, outputs), {})
+    return folder
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_imported_folder_becomes_a_published_bundle(tmp_path: Path) -> None:
+    source = imported(tmp_path / "weights")
+    bundle.export_bundle(source, tmp_path / "bundle")
+    manifest = manifest_file.read(tmp_path / "bundle")
+    assert set(manifest.components) == {*manifest_file.REQUIRED, *manifest_file.OWN_INVERSION}
+    assert manifest.name == "diffusionact32" and manifest.licence == "DiffusionAct: none stated"
+    assert (manifest.render.steps, manifest.invert.steps) == (20, 50), "the authors' counts"
+    assert manifest.crop == Crop(rotate=True, scale=1.0) and manifest.drawing == Drawing()
+    assert manifest.training.domain != bundle.FACE128_CARD.training.domain
+    assert not manifest.tracker and not manifest.assets
+    model = source / weights_folder.MODEL_FILE
+    assert manifest.weights_sha256 == manifest_file.file_sha256(model)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_the_folder_has_of_the_tracker_goes_along(tmp_path: Path) -> None:
+    bundle.export_bundle(imported(tmp_path / "weights", "s3fd"), tmp_path / "bundle")
+    manifest = manifest_file.read(tmp_path / "bundle")
+    assert set(manifest.tracker) == {"s3fd"} and set(manifest.assets) == {"flame"}
+    assert (tmp_path / "bundle" / "s3fd.onnx").read_text() == "S3FD"
+    asset = (tmp_path / "bundle" / manifest.assets["flame"].file).read_bytes()
+    assert asset == (tmp_path / "weights" / "flame.npz").read_bytes()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "import.json").unlink(), "has no diffusionact.safetensors of an import"),
+        (lambda f: (f / "diffusionact.safetensors").unlink(), "diffusionact.safetensors: gone"),
+        (
+            lambda f: (f / "diffusionact.safetensors").write_bytes(b"x"),
+            "diffusionact.safetensors: sha256 .* says",
+        ),
+        (lambda f: (f / "import.json").write_text("{}"), "not a record of an import"),
+        (
+            lambda f: (f / "import.json").write_text('{"files": {"a": 1}, "outputs": {}}'),
+            "not a record of an import",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_import_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    source = imported(tmp_path / "weights")
+    change(source)
+    with pytest.raises(SettingsError, match=message):
+        bundle.export_bundle(source, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.slow
+def test_the_tracker_s_graphs_answer_as_its_networks(tmp_path: Path) -> None:
+    bundle.export_bundle(imported(tmp_path / "weights", *NETWORKS), tmp_path / "bundle")
+    manifest = manifest_file.read(tmp_path / "bundle")
+    assert set(manifest.tracker) == set(NETWORKS)
+    rows = json.loads((tmp_path / "bundle" / "parity.json").read_text())["rows"]
+    assert {row["what"] for row in rows} >= set(NETWORKS)
+    assert all(row["max_error"] <= row["max_allowed"] for row in rows)

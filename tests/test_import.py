@@ -25,10 +25,11 @@ from safetensors.torch import save_file
 
 from diffusionact import cli
 from diffusionact.errors import SettingsError
+from diffusionact.morphable import load_flame
 from diffusionact.training import imports, published, weights, weights_folder
 from diffusionact.training.imports import Report, Request, import_published
 from diffusionact.training.models import FFHQ64, FFHQ256, NetworkConfig
-from diffusionact.training.models.frozen import S3FD
+from diffusionact.training.models.frozen import FAN, S3FD, Emoca, FrozenNetwork, Gaze
 from diffusionact.training.origins import ORIGINS, TRACKER
 from tests.golden import rule
 
@@ -638,6 +639,104 @@ def test_emoca_s_checkpoint_is_the_one_with_the_smallest_loss(tmp_path: Path) ->
     shutil.rmtree(folder / "detail")
     with pytest.raises(SettingsError, match="wanted a checkpoint .* there is none"):
         imports._emoca_files(folder)
+
+
+def face_model() -> dict[str, Any]:
+    """The arrays of a FLAME of random numbers, under its published names."""
+    rng = np.random.default_rng(0)
+    return {
+        "v_template": rng.normal(0, 0.1, (60, 3)), "shapedirs": rng.normal(0, 0.01, (60, 3, 400)),
+        "posedirs": rng.normal(0, 0.01, (60, 3, 36)), "J_regressor": np.full((5, 60), 1 / 60),
+        "weights": np.full((60, 5), 0.2), "f": np.arange(180).reshape(60, 3) % 60,
+        "kintree_table": np.array([[-1, 0, 1, 1, 1], [0, 1, 2, 3, 4]]),
+    }  # fmt: skip
+
+
+def face_landmarks() -> dict[str, Any]:
+    return {
+        "static_lmk_faces_idx": np.arange(51), "static_lmk_bary_coords": np.full((51, 3), 1 / 3),
+        "dynamic_lmk_faces_idx": np.zeros((79, 17), int),
+        "dynamic_lmk_bary_coords": np.full((79, 17, 3), 1 / 3),
+    }  # fmt: skip
+
+
+def test_the_face_model_s_two_files_become_one(tmp_path: Path) -> None:
+    model, places = tmp_path / "generic_model.pkl", tmp_path / "landmark_embedding.npy"
+    model.write_bytes(pickle.dumps(face_model(), 2))
+    np.save(places, np.array(face_landmarks(), dtype=object), allow_pickle=True)
+    report = do_import(Request(flame=(model, places)), tmp_path / "w")
+    (entry,) = report.imported
+    assert entry.kind == "flame" and entry.names == (model.name, places.name)
+    assert "flame" not in report.missing and "diffusionact" in report.missing
+    assert "it makes no bundle yet" in report.lines()[-1]
+    codes = np.zeros(100), np.zeros(50), np.zeros(6)
+    assert load_flame(tmp_path / "w" / "flame.npz").landmarks(*codes).shape == (68, 3)
+    with pytest.raises(SettingsError, match="landmark_embedding.npy"):
+        do_import(Request(flame=(model,)), tmp_path / "v")
+    model.write_bytes(pickle.dumps(Bomb(os.system, f"touch {tmp_path}/ran")))
+    with pytest.raises(SettingsError):
+        do_import(Request(flame=(model, places)), tmp_path / "v")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "v").exists()
+
+
+def flame_of_emoca() -> Content:
+    """The face model as EMOCA's checkpoint carries it."""
+    names = {
+        "weights": "lbs_weights", "f": "faces_tensor",
+        "static_lmk_faces_idx": "lmk_faces_idx", "static_lmk_bary_coords": "lmk_bary_coords",
+    }  # fmt: skip
+    held = {**face_model(), **face_landmarks()}
+    held["posedirs"] = held["posedirs"].reshape(-1, 36).T
+    held["shapedirs"] = np.concatenate(
+        [held["shapedirs"][..., :100], held["shapedirs"][..., 300:350]], axis=2
+    )
+    held["parents"] = held.pop("kintree_table")[0]
+    return {f"deca.flame.{names.get(n, n)}": torch.tensor(value) for n, value in held.items()}
+
+
+def hollow(network: type[FrozenNetwork], prefix: str = "", norms: bool = True) -> Content:
+    """The tensors of a helper's file, each with one value: whole in name and shape, small in
+    bytes. norms: with the counters that its makers' norms keep."""
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in network().state_dict().items()}
+    state = {prefix + name: torch.tensor([0.5]).expand(shape) for name, shape in shapes.items()}
+    counters = [name for name in state if name.endswith("running_mean")] if norms else []
+    for name in counters:
+        state[name.replace("running_mean", "num_batches_tracked")] = torch.tensor(7)
+    return state
+
+
+@pytest.mark.slow
+def test_all_helpers_are_imported_together(tmp_path: Path) -> None:
+    at = tmp_path / "EMOCA" / "detail" / "checkpoints"
+    at.mkdir(parents=True)
+    (tmp_path / "EMOCA" / "cfg.yaml").write_text("detail:\n  exp_deca_jaw_pose: true\n")
+    emoca = hollow(Emoca, "deca.") | flame_of_emoca()
+    emoca["deca.E_detail.layers.0.bias"] = torch.zeros(3)
+    torch.save({"state_dict": emoca}, at / "deca-val=2.5.ckpt")
+    gaze = {**hollow(Gaze), "gaze_network.fc.bias": torch.zeros(1000)}
+    torch.save({"model_state": gaze}, tmp_path / "gaze.tar", _use_new_zipfile_serialization=False)
+    torch.save(hollow(FAN), tmp_path / "fan.tar", _use_new_zipfile_serialization=False)
+    torch.save(detector(), tmp_path / "s3fd.pth")
+    report = do_import(
+        Request(
+            s3fd=tmp_path / "s3fd.pth", fan=tmp_path / "fan.tar",
+            gaze=tmp_path / "gaze.tar", emoca=tmp_path / "EMOCA",
+        ),
+        tmp_path / "w",
+    )  # fmt: skip
+    found = {entry.kind: entry for entry in report.imported}
+    assert set(found) == set(TRACKER) and set(report.missing) == {"diffusionact"}
+    assert found["flame"].warnings[0].endswith("copy that EMOCA's checkpoint carries")
+    counted = {kind: sum(c.found for c in entry.counts) for kind, entry in found.items()}
+    assert (counted["s3fd"], counted["fan"]) == (65, 1129), "all that the published files hold"
+    assert {(c.what, c.found) for c in found["emoca"].counts} >= {("E_detail", 1)}
+    for name in ("s3fd", "fan", "emoca", "gaze"):
+        network = weights_folder.load_helper(tmp_path / "w", name)
+        assert network is not None
+        values = {value.reshape(-1)[0].item() for value in network.state_dict().values()}
+        assert name == "s3fd" or values == {0.5}
+    load_flame(tmp_path / "w" / "flame.npz")
 
 
 def test_nothing_is_written_into_a_folder_of_something_else(tmp_path: Path, model: Path) -> None:
