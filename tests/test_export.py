@@ -288,7 +288,7 @@ def face_model() -> dict[str, Any]:
     return {
         "v_template": rng.normal(0, 0.1, (60, 3)), "shapedirs": rng.normal(0, 0.01, (60, 3, 400)),
         "posedirs": rng.normal(0, 0.01, (60, 3, 36)), "J_regressor": np.full((5, 60), 1 / 60),
-        "weights": np.full((60, 5), 0.2), "f": rng.permuted(np.tile(np.arange(60), (90, 1)), 1)[:, :3],
+        "weights": np.full((60, 5), 0.2), "f": rng.permuted(np.tile(np.arange(60), (90, 1)), axis=1)[:, :3],
         "kintree_table": np.array([[-1, 0, 1, 1, 1], [0, 1, 2, 3, 4]]),
         "static_lmk_faces_idx": rng.integers(0, 90, 51),
         "static_lmk_bary_coords": np.full((51, 3), 1 / 3),
