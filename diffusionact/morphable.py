@@ -8,6 +8,7 @@ FLAME keeps its makers' axes and unit (y up, z towards the camera, metres) up to
 
 from __future__ import annotations
 
+import io
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
@@ -155,25 +156,17 @@ class Flame:
         driver's expression and pose is Eq. 8.
         """
         xp = _namespace(shape)
-        points = self.face.landmarks(self.vertices(shape, expression, pose))
+        turns = self._turns(pose)
+        points = self.face.landmarks(self._turned(shape, expression, turns))
         split, lead = CONTOUR_ROWS * CONTOUR_POINTS, points.shape[:-2]
         table = points[..., :split, :].reshape(-1, CONTOUR_ROWS, CONTOUR_POINTS, 3)
-        row = xp.broadcast_to(self._contour_row(pose), lead).reshape(-1)
+        row = xp.broadcast_to(_contour_row(turns), lead).reshape(-1)
         contour = table[xp.arange(table.shape[0]), row].reshape(*lead, CONTOUR_POINTS, 3)
         return xp.concatenate([contour, points[..., split:, :]], -2)
 
     def vertices(self, shape: Array, expression: Array, pose: Array) -> Array:
         """The vertices that the landmarks lie between: float [..., V, 3], as in `landmarks`."""
-        xp = _namespace(shape)
-        turns = self._turns(pose)
-        # the turns less the identity, which is that of no angle, in their own dtype and place
-        bent = turns[..., 1:, :, :] - axis_angle(xp.zeros_like(turns[..., 1:, :, 0]))
-        bent = bent.reshape(*bent.shape[:-3], -1)
-        correctives = bent @ self.pose_basis.reshape(self.pose_basis.shape[0], -1)
-        solid = self.face.shape(shape, expression)
-        vertices = solid[..., :-FLAME_JOINTS, :]
-        vertices = vertices + correctives.reshape(*bent.shape[:-1], *vertices.shape[-2:])
-        return self._skin(vertices, solid[..., -FLAME_JOINTS:, :], turns)
+        return self._turned(shape, expression, self._turns(pose))
 
     def map(self, convert: Callable[[Array], Array]) -> Flame:
         """The same model with every float array converted, say by `torch.as_tensor`."""
@@ -192,19 +185,17 @@ class Flame:
         rest = [xp.broadcast_to(axes, pose[..., :3].shape) for axes in self.rest_pose]
         return axis_angle(xp.stack([given.get(i, axes) for i, axes in enumerate(rest)], -2))
 
-    def _contour_row(self, pose: Array) -> Array:
-        """Which row of the contour the head's yaw shows: int [...].
-
-        The rows hold 0..39 degrees, then -1..-39.
-        """
-        xp = _namespace(pose)
-        turns = self._turns(pose)
-        head = turns[..., 0, :, :] @ turns[..., 1, :, :]
-        across = (head[..., 0, 0] ** 2 + head[..., 1, 0] ** 2) ** 0.5
-        yaw_deg = xp.arctan2(-head[..., 2, 0], across) * (180 / np.pi)
-        last = CONTOUR_ROWS // 2
-        row = xp.round(xp.clip(yaw_deg, -last, last))
-        return xp.asarray(xp.where(row < 0, last - row, row), dtype=xp.int64)
+    def _turned(self, shape: Array, expression: Array, turns: Array) -> Array:
+        """The vertices under the joints' rotations `turns`, float [..., 5, 3, 3]."""
+        xp = _namespace(shape)
+        # the turns less the identity, which is that of no angle, in their own dtype and place
+        bent = turns[..., 1:, :, :] - axis_angle(xp.zeros_like(turns[..., 1:, :, 0]))
+        bent = bent.reshape(*bent.shape[:-3], -1)
+        correctives = bent @ self.pose_basis.reshape(self.pose_basis.shape[0], -1)
+        solid = self.face.shape(shape, expression)
+        vertices = solid[..., :-FLAME_JOINTS, :]
+        vertices = vertices + correctives.reshape(*bent.shape[:-1], *vertices.shape[-2:])
+        return self._skin(vertices, solid[..., -FLAME_JOINTS:, :], turns)
 
     def _skin(self, vertices: Array, joints: Array, turns: Array) -> Array:
         """Vertices moved by the joints they hang on, each by its share: float [..., V, 3].
@@ -225,6 +216,21 @@ class Flame:
             placed.append(place)
             moved = moved + self.skinning[:, i, None] * pose(vertices, turn, joint, place - joint)
         return moved
+
+
+def _contour_row(turns: Array) -> Array:
+    """Which row of FLAME's contour shows under its joints' rotations: int [...].
+
+    The rows hold yaws of 0..39 degrees, then -1..-39.
+    """
+    xp = _namespace(turns)
+    head = turns[..., 0, :, :] @ turns[..., 1, :, :]
+    across = (head[..., 0, 0] ** 2 + head[..., 1, 0] ** 2) ** 0.5
+    yaw_deg = xp.arctan2(-head[..., 2, 0], across) * (180 / np.pi)
+    last = CONTOUR_ROWS // 2
+    row = xp.round(xp.clip(yaw_deg, -last, last))
+    row = xp.where(row < 0, last - row, row)
+    return row.astype(np.int64) if xp is np else row.long()
 
 
 def flame_pixels(points: Array, camera: Array) -> Array:
@@ -286,7 +292,7 @@ def load_flame(path: Path | str) -> Flame:
     Raises: BundleError: there is no such file, or it is not one that `diffusionact import` wrote.
     """
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}
         if (found := str(arrays.get("format"))) != FLAME_FORMAT:
             raise ValueError(f"its format is {found!r}, this version reads {FLAME_FORMAT!r}")

@@ -115,19 +115,7 @@ def reduced(arrays: Arrays) -> dict[str, NDArray[Any]]:
     Source: the joints are linear in the vertices, and so in the codes: their regressor times the
     bases is a basis of their own (5 x 3 x 150 numbers).
     """
-    faces = np.asarray(arrays["f"], np.int64)
-    count = CONTOUR_ROWS * CONTOUR_POINTS
-    triangles = np.concatenate(
-        [np.ravel(arrays[f"{kind}_lmk_faces_idx"]) for kind in ("dynamic", "static")]
-    )
-    if triangles.min() < 0 or triangles.max() >= len(faces):
-        raise SettingsError(
-            f"FLAME's landmarks lie on triangles {triangles.min()} to {triangles.max()}, but it "
-            f"has {len(faces)}; give a landmark file and a model that belong together"
-        )
-    if faces.min() < 0 or faces.max() >= len(arrays["v_template"]):
-        raise SettingsError("FLAME's triangles name vertices that it has not; fetch the file again")
-    kept, corners = np.unique(faces[triangles], return_inverse=True)
+    kept, corners = _corners(arrays)
     regressor = np.asarray(arrays["J_regressor"], np.float64)
 
     def with_joints(directions: NDArray[Any]) -> NDArray[np.float32]:
@@ -144,7 +132,7 @@ def reduced(arrays: Arrays) -> dict[str, NDArray[Any]]:
         "template": with_joints(arrays["v_template"]),
         "identity_basis": shape[:IDENTITY],
         "expression_basis": shape[first : first + EXPRESSION],
-        "landmark_vertices": corners.reshape(count + STATIC_POINTS, 3).astype(np.int32),
+        "landmark_vertices": corners,
         "landmark_weights": np.concatenate(weights).astype(np.float32),
         "pose_basis": np.asarray(arrays["posedirs"], np.float32)[kept].transpose(2, 0, 1),
         "skinning": np.asarray(arrays["weights"], np.float32)[kept],
@@ -152,6 +140,26 @@ def reduced(arrays: Arrays) -> dict[str, NDArray[Any]]:
         "rest_pose": _rest_pose(rest),
     }
     return _checked(model)
+
+
+def _corners(arrays: Arrays) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The vertices that landmarks lie between, and each landmark's three as indices into them.
+
+    Raises: SettingsError: there are no such triangles or vertices.
+    """
+    faces = np.asarray(arrays["f"], np.int64)
+    triangles = np.concatenate(
+        [np.ravel(arrays[f"{kind}_lmk_faces_idx"]) for kind in ("dynamic", "static")]
+    ).astype(np.int64)
+    if triangles.min() < 0 or triangles.max() >= len(faces):
+        raise SettingsError(
+            f"FLAME's landmarks lie on triangles {triangles.min()} to {triangles.max()}, but it "
+            f"has {len(faces)}; give a landmark file and a model that belong together"
+        )
+    if faces.min() < 0 or faces.max() >= len(arrays["v_template"]):
+        raise SettingsError("FLAME's triangles name vertices that it has not; fetch the file again")
+    kept, corners = np.unique(faces[triangles], return_inverse=True)
+    return kept, corners.reshape(-1, 3).astype(np.int32)
 
 
 def _rest_pose(rest: Arrays) -> NDArray[np.float32]:
