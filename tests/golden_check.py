@@ -103,7 +103,10 @@ class Directory:
     def arrays(self, name: str) -> dict[str, Array]:
         """The arrays of NAME.npz; none if it is not there."""
         path = self.folder / f"{name}.npz"
-        return dict(np.load(path)) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        with path.open("rb") as file, np.load(file) as arrays:
+            return dict(arrays)
 
     def case(self, name: str, regen: ModuleType) -> Case:
         """One network of the directory, with the stored inputs, and the rule's where none are."""
@@ -153,7 +156,8 @@ def rows(directory: Directory, only: str, threads: int) -> Iterator[Row]:
 def image_rows(folder: Path) -> Iterator[Row]:
     """The rows of the image pipeline, and a failed one where they end too early."""
     try:
-        yield from (Row(*row) for row in golden_images.rows(folder))
+        for name, *values in golden_images.rows(folder):
+            yield Row(f"{IMAGES}/{name}", *values)
     except Exception as error:  # the networks are still run
         print(f"{IMAGES}: {type(error).__name__}: {error}", file=sys.stderr)
         yield Row(f"{IMAGES}.npz", np.nan, np.nan, np.nan, False)
@@ -345,7 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
             done.append(row)
             print(
                 f"{row.name:58} | {row.max_abs:8.1e} | {row.mean_abs:8.1e} "
-                f"| {row.tolerance:9.0e} | {'yes' if row.ok else 'NO'}",
+                f"| {row.tolerance:9.2g} | {'yes' if row.ok else 'NO'}",
                 flush=True,
             )
     except SettingsError as error:
