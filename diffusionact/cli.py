@@ -218,7 +218,7 @@ def _fill_demo(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where demo.mp4 and demo.png go (default: out)",
     )
-    parser.set_defaults(crop=False, absolute_pose=False, smoothing=1.0)
+    parser.set_defaults(crop=False, absolute_pose=False, smoothing=1.0, tracker="auto", compat=None)
 
 
 def _fill_run(parser: argparse.ArgumentParser) -> None:
@@ -252,6 +252,9 @@ def _fill_run(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="of the driver's motion: 0 is off, 2 twice as strong (default: 1)",
     )
+    kinds = ("auto", "mediapipe", "published")
+    add("--tracker", default="auto", choices=kinds, help="auto: the bundle's own where it has one")
+    add("--compat", choices=("published",), help="the authors' results, surprises included")
 
 
 def _fill_import(parser: argparse.ArgumentParser) -> None:
@@ -363,6 +366,8 @@ def _reenactor(arguments: argparse.Namespace) -> Reenactor:
         paste=not arguments.crop,
         smoothing=arguments.smoothing,
         absolute_pose=arguments.absolute_pose,
+        tracker=arguments.tracker,
+        compat=arguments.compat,
     )
     return Reenactor.load(arguments.bundle, device=arguments.device, settings=settings)
 
