@@ -114,7 +114,7 @@ class Trainer:
         self.identities = self.pool.identities - recipe.pool.held_out
         self.state = State(recipe, _statistics(self.pool, self.identities), device)
         self.pairs = held_out_pairs(self.pool, recipe.pool.held_out, recipe.loop.evaluation_pairs)
-        self.stop = False
+        self.stop = self.asked_to_stop = False
         self._optimizer_state: dict[str, Any] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         if recipe.loop.fused_norm and device.type == "cpu":
@@ -191,7 +191,9 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        progress.seconds, self.stop = self.world.agree(parameters, clock.seconds(), self.stop)
+        asked = self.asked_to_stop
+        progress.seconds, stop = self.world.agree(parameters, clock.seconds(), asked)
+        self.stop = self.stop or stop
         parts["gradient"] = torch.nn.utils.clip_grad_norm_(parameters, stage.clip)
         self._finite(parts)
         optimizer.step()
@@ -271,7 +273,7 @@ class Trainer:
         """Turns SIGTERM and SIGINT into a checkpoint and a clean end."""
 
         def ask(number: int, frame: object) -> None:
-            self.stop = True
+            self.asked_to_stop = True
 
         before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
