@@ -10,7 +10,9 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 import tarfile
+import types
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -298,6 +300,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "rmtree": (bomb(shutil.rmtree, "RAN"), r"asks to run shutil\.rmtree"),
     "torch.load": (bomb(torch.load, "RAN"), r"asks to run torch\.serialization\.load"),
     "getattr": (bomb(getattr, "RAN", "upper"), "asks to run getattr"),
+    "a network object": (
+        edited(lambda c: c.update(net=torch.nn.Linear(1, 1))), "asks to run torch.nn.modules"
+    ),
     "plain pickle": (
         lambda path: path.write_bytes(pickle.dumps(Bomb(os.system, f"touch {path.parent}/ran"))),
         "not readable as a checkpoint",
@@ -463,13 +468,33 @@ def test_what_is_read_all_the_same_is_said(kind: str, tmp_path: Path) -> None:
         assert_tensors(found.parts["reenactment"], "state_dict_net")
 
 
+class Script:
+    """Stands for a class of somebody's own program."""
+
+
+Script.__module__ = "research.training"
+
+
+def test_objects_of_others_are_left_out_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("research", "research.training"):
+        module = types.ModuleType(name)
+        module.Script = Script  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+    edited(lambda c: c.update(best_val_loss=Script()))(tmp_path / MODEL)
+    for name in ("research", "research.training"):
+        monkeypatch.delitem(sys.modules, name)
+    (findings,) = read(tmp_path / MODEL).findings
+    assert findings.warnings == [
+        f"{MODEL}: holds objects that are no weights, left out: research.training.Script"
+    ]
+
+
 @pytest.mark.parametrize("new", [True, False])
 def test_what_trainers_leave_beside_the_weights_is_not_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new: bool
 ) -> None:
-    import sys
-    import types
-
     module = types.ModuleType(Trainer.__module__)
     module.Trainer = Trainer  # type: ignore[attr-defined]
     names = ["pytorch_lightning", "pytorch_lightning.callbacks", Trainer.__module__]
@@ -482,6 +507,7 @@ def test_what_trainers_leave_beside_the_weights_is_not_made(
     edited(lambda c: None)(tmp_path / MODEL)
     found = read(tmp_path / MODEL, tmp_path / "last.ckpt")
     assert "encoder" in found.parts and Trainer.ran == []
+    assert [findings.warnings for findings in found.findings] == [[], []]
 
 
 def test_missing_weights_of_inversion_are_those_of_diffae(tmp_path: Path) -> None:
@@ -495,6 +521,16 @@ def test_missing_weights_of_inversion_are_those_of_diffae(tmp_path: Path) -> Non
         f"{MODEL}: no ema_model.* in state_dict_diff; inversion uses those of last.ckpt"
     ]
     assert [(c.found, c.wanted) for c in second.counts][0][0] == len(found.parts["invert"])
+
+
+def test_the_latent_model_of_diffae_is_left_alone(tmp_path: Path, model: Path) -> None:
+    content = diffae()
+    content["state_dict"].update(
+        {"ema_model.latent_net.layers.0.bias": torch.zeros(3), "conds_mean": torch.zeros(1, 64)}
+    )
+    torch.save(content, tmp_path / "last.ckpt")
+    edited(no_ema)(model)
+    assert set(read(model, tmp_path / "last.ckpt").parts) >= {"invert", "encoder"}
 
 
 def test_diffae_gives_its_encoder(tmp_path: Path, model: Path) -> None:
@@ -790,6 +826,14 @@ def test_the_command_line(
     model.write_text("<html>")
     assert cli.main(words) == 2
     assert "is a web page" in capsys.readouterr().err
+
+
+def test_a_missing_library_is_named(tmp_path: Path) -> None:
+    words = ["import", "x.pt", "-o", str(tmp_path / "w")]
+    code = "import sys; sys.modules.update(torch=None)\nfrom diffusionact.cli import main\n"
+    code += f"sys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "pip install 'diffusionact[export]'" in done.stderr
 
 
 def test_the_network_s_sizes_are_checked(tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """Checkpoints of other people, read without running anything that they hold.
 
 A checkpoint is a pickle, and a pickle is a program. Only PyTorch's restricted reader sees it
-(`weights_only`), with numbers of NumPy allowed; what trainers leave beside the weights (callbacks,
-settings) is replaced by nothing. Every other name that a file asks for is refused.
+(`weights_only`), with numbers of NumPy allowed. What trainers leave beside the weights (callbacks,
+settings) is replaced by nothing: no name of a file is ever looked up. A file that asks for Python's
+own functions, or PyTorch's, is refused altogether: no checkpoint needs them.
 """
 
 from __future__ import annotations
 
+import _compat_pickle
 import pickletools
 import re
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -23,14 +26,18 @@ from diffusionact.errors import SettingsError
 MAX_INDEX_BYTES = 64_000_000  # of the pickle beside the tensors; the published ones have 1 MB
 SHOWN_CHARACTERS = 100
 
-# Whose objects may lie beside the weights. None of them is made: see _Nothing.
+# Whose objects lie beside the weights of many a checkpoint, not worth a word.
 TRAINERS = (
     "pytorch_lightning.", "lightning.", "lightning_fabric.", "lightning_utilities.",
     "torchmetrics.", "omegaconf.", "yacs.", "gdl.", "argparse.Namespace", "pathlib.",
-    "collections.defaultdict", "enum.", "typing.Any",
-    "config.", "choices.", "templates.", "model.", "diffusion.",
+    "collections.defaultdict", "enum.", "typing.", "datetime.",
 )  # fmt: skip
 PLAIN_TYPES = ("dict", "list", "set", "frozenset", "tuple", "object", "int", "float", "str", "bool")
+# Packages whose functions a program could be made of; by their names in Python 2 as well.
+POWERFUL = frozenset(
+    {*sys.stdlib_module_names, *_compat_pickle.IMPORT_MAPPING, "torch", "numpy"}
+    | {*_compat_pickle.REVERSE_IMPORT_MAPPING.values()}
+)
 
 # What the first bytes say of a file that is no checkpoint.
 FOREIGN: tuple[tuple[bytes, str], ...] = (
@@ -53,9 +60,12 @@ class _Nothing:
         return OrderedDict()
 
 
-def read(path: Path) -> Any:
+def read(path: Path, warn: Callable[[str], None]) -> Any:
     """The content of a checkpoint; tensors of a new-style file stay on the disk until they are
     used. Nothing in the file is run.
+
+    Args:
+        warn: is told what is left out of the content.
 
     Raises:
         SettingsError: there is no such file, or it is no checkpoint, damaged, or asks for more
@@ -67,7 +77,11 @@ def read(path: Path) -> Any:
         zipped = head.startswith(b"PK")
         index = _checked_index(path, file) if zipped else None
         names = set(_names_in(index) if index is not None else _names_in_old(file))
-    return _load(path, names, zipped)
+    content = _load(path, names, zipped)
+    if strange := sorted(n for n in names if _replaced(n) and not _is_of_trainers(n)):
+        rest = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        warn(f"holds objects that are no weights, left out: {shown(strange[0])}{rest}")
+    return content
 
 
 def shown(name: object) -> str:
@@ -188,11 +202,16 @@ def _names_in(pickled: bytes | BinaryIO) -> Iterator[str]:
         return
 
 
-def _replaced(name: str) -> bool:
+def _is_of_trainers(name: str) -> bool:
     module, _, kind = name.rpartition(".")
     if module == "builtins":
         return kind in PLAIN_TYPES
     return any(name.startswith(t) if t.endswith(".") else name == t for t in TRAINERS)
+
+
+def _replaced(name: str) -> bool:
+    """Whether objects of this name are left out; those of others are for the reader to refuse."""
+    return _is_of_trainers(name) or name.split(".", 1)[0] not in POWERFUL
 
 
 def _load(path: Path, names: set[str], zipped: bool) -> Any:

@@ -53,7 +53,8 @@ class Imported:
 
     def lines(self) -> list[str]:
         """What the file is, what is in it and what is odd about it, as text."""
-        said = [f"{' + '.join(self.names)}: {ORIGINS[self.kind].told()}"]
+        origin, names = ORIGINS[self.kind], " + ".join(self.names)
+        said = [f"{names}: {origin.title}; from {origin.url}; licence: {origin.licence}"]
         for count in self.counts:
             wanted = "not used" if count.wanted is None else f"of {count.wanted}"
             said.append(f"  {count.found:5} {wanted:>9}  {count.what}")
@@ -171,7 +172,7 @@ def _helper(name: str, path: Path, imported: list[Imported]) -> FrozenNetwork:
     """One network of the tracker, out of its published file."""
     files, cfg_yaml = _emoca_files(path) if name == "emoca" else ((path,), "")
     findings = Findings(files[-1], name)
-    content = published.content_of(files[-1], name)
+    content = published.content_of(findings)
     inside = {"emoca": "state_dict", "gaze": "model_state"}.get(name)
     state = group(findings, content, inside) if inside else unwrapped(findings, content, "the file")
     _refuse_hollow(findings, state)
@@ -200,7 +201,7 @@ def _flame(request: Request, imported: list[Imported]) -> dict[str, NDArray[Any]
     if request.emoca is None:
         return None
     files, _ = _emoca_files(request.emoca)
-    state = published.content_of(files[-1], "emoca")["state_dict"]
+    state = published.content_of(Findings(files[-1], "emoca"))["state_dict"]
     if not any(str(name).startswith(flame.EMOCA_PREFIX) for name in state):
         return None
     findings = Findings(files[-1], "flame")
@@ -272,7 +273,7 @@ def _entry(findings: Findings, paths: tuple[Path, ...]) -> Imported:
 def _missing(files: Mapping[str, Any]) -> dict[str, str]:
     wanted = (*MODEL, *TRACKER)
     return {
-        kind: f"{ORIGINS[kind].told()}: {ORIGINS[kind].option}"
+        kind: f"{ORIGINS[kind].told()}; give {ORIGINS[kind].option}"
         for kind in wanted
         if kind not in files
     }

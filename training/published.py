@@ -61,7 +61,7 @@ def read(path: Path, diffae: Path | None = None, config: NetworkConfig | None = 
             of another shape, or not finite.
     """
     findings = Findings(path, "diffusionact", OTHER_SIZES)
-    content = content_of(path, "diffusionact")
+    content = content_of(findings)
     diff = group(findings, content, "state_dict_diff")
     net = group(findings, content, "state_dict_net")
     config = config or _config_of(under(diff, "model.", NOT_UNET), net)
@@ -123,15 +123,16 @@ def identify(content: Any) -> str | None:
     return None
 
 
-def content_of(path: Path, wanted: str) -> Mapping[Any, Any]:
-    """The content of the file that should be `wanted`, a name of `origins.ORIGINS`.
+def content_of(findings: Findings) -> Mapping[Any, Any]:
+    """The content of the file, which should be of the kind that the findings say.
 
     Raises:
         SettingsError: it is not readable, or another file.
     """
-    content = checkpoint_file.read(path)
-    seen, due = identify(content), ORIGINS[wanted]
-    if seen == wanted and isinstance(content, Mapping):
+    path = findings.path
+    content = checkpoint_file.read(path, findings.warn)
+    seen, due = identify(content), ORIGINS[findings.kind]
+    if seen == findings.kind and isinstance(content, Mapping):
         return content
     if seen is not None:
         raise SettingsError(
@@ -182,7 +183,7 @@ class _DiffAE:
 
     def __init__(self, path: Path, tables: Mapping[str, Shapes]) -> None:
         self.findings = Findings(path, "diffae", OTHER_SIZES)
-        self._tensors = group(self.findings, content_of(path, "diffae"), "state_dict")
+        self._tensors = group(self.findings, content_of(self.findings), "state_dict")
         self._tables = tables
 
     def unet(self) -> dict[str, Tensor]:
