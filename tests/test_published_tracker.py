@@ -202,6 +202,14 @@ def test_landmarks_come_back_to_their_picture(
     np.testing.assert_array_equal(tracker.track(coordinates()).points, found.points)
 
 
+def test_a_close_up_is_reduced_first(face: Landmarks, flame: Flame) -> None:
+    size = (1680, 1200)
+    seen = a_face(face, 0.25, 0.1, 0.55)
+    (found,) = PublishedTracker(World(seen).networks(), flame, 256).detect(coordinates(size))
+    error = np.abs(found.points[:, :2] - seen.in_picture(size))
+    assert error.max() < FINE_PX * size[0] / SIZE[0]
+
+
 def test_a_portrait_is_cut_where_its_matrix_says(
     face: Landmarks, flame: Flame, published: bool
 ) -> None:
