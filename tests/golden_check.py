@@ -112,7 +112,7 @@ class Directory:
         """One network of the directory, with the stored inputs, and the rule's where none are."""
         spec, stored = self.json[name], self.arrays(name)
         kept = {k.removeprefix("in_"): v for k, v in stored.items() if k.startswith("in_")}
-        inputs = {**regen.inputs(spec), **kept}
+        inputs = {**golden_networks.inputs_by(regen, spec), **kept}
         listed = self.json.get(SCHEDULES, {}).get("timesteps", {})
         return Case(name, spec, stored, inputs, self.tolerances, self.plan, listed)
 
@@ -225,7 +225,7 @@ def network_rows(directory: Directory, name: str, threads: int) -> Iterator[Row]
         print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
         yield Row(f"{name}.json", np.nan, np.nan, np.nan, False)
         return
-    made = regen.inputs(case.spec)
+    made = golden_networks.inputs_by(regen, case.spec)
     for key, value in case.inputs.items():
         if f"in_{key}" in case.stored and key in made:
             yield attempted(compare, f"{name}/in_{key} rule", made[key], value, 0.0)
@@ -307,7 +307,7 @@ def _write_bundle(bundle_dir: Path, case: Case, networks: golden_networks.TorchN
     for count in counts:
         listed = case.timesteps.get(str(count))
         samplings.append(Sampling(count, (), {str(count): tuple(listed)} if listed else {}))
-    own_inversion = any("ema" in vector or "flow" in vector for vector in names(case))
+    own_inversion = any(_is_exported(v) and ("ema" in v or "flow" in v) for v in names(case))
     golden_networks.write_bundle(
         bundle_dir, networks, case.plan, (samplings[0], samplings[1]), own_inversion
     )

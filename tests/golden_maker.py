@@ -64,7 +64,8 @@ class Made:
         self.name, side = name, config["image_size"]
         self.config = NetworkConfig(
             side, config["model_channels"], tuple(config["ch_mult"]),
-            tuple(config["enc_ch_mult"]), attention_at=tuple(config["attn"]), embed=CODE,
+            tuple(config["enc_ch_mult"]), res_blocks=config.get("num_res_blocks", 2),
+            attention_at=tuple(config["attn"]), embed=CODE,
         )  # fmt: skip
         kinds = {
             "state_dict_diff/model.": Autoencoder,
@@ -203,7 +204,13 @@ def write(folder: Path, made: Made, arrays: Mapping[str, Any], **fields: Any) ->
 
 def write_cut(folder: Path, changed: tuple[str, tuple[int, ...]]) -> None:
     """A network of which patches and means are stored, another size again; one value is wrong."""
-    config = {"image_size": 32, "model_channels": 4, "ch_mult": [1, 3], "enc_ch_mult": [2, 3]}
+    config = {
+        "num_res_blocks": 1,
+        "image_size": 32,
+        "model_channels": 4,
+        "ch_mult": [1, 3],
+        "enc_ch_mult": [2, 3],
+    }
     made = Made("cut", {**config, "attn": [16]}, batch=1)
     given = made.given
     pictures = {

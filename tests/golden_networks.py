@@ -34,10 +34,7 @@ class TorchNetworks:
 
     def __init__(self, spec: Mapping[str, Any], regen: ModuleType) -> None:
         self.config = _network_config(spec["config"])
-        made = regen.state_dicts(spec)
-        given = {
-            f"{part}/{key}": value for part, keys in made.items() for key, value in keys.items()
-        }
+        given = weights_by(regen, spec)
         self._unets = {
             "model": _loaded(Autoencoder, self.config, given, "state_dict_diff/model."),
             "ema": _loaded(Autoencoder, self.config, given, "state_dict_diff/ema_model."),
@@ -104,6 +101,22 @@ class OnnxNetworks:
         return np.concatenate([encode(image=i[None], condition=d[None])["z"] for i, d in pairs])
 
 
+def weights_by(regen: ModuleType, spec: Mapping[str, Any]) -> dict[str, Array]:
+    """The rule's weights under their full names, such as state_dict_net/zero_conv_1.bias."""
+    if not hasattr(regen, "state_dicts"):
+        return {name: regen.tensor(name, shape) for name, shape in spec["keys"].items()}
+    made = regen.state_dicts(spec)
+    return {f"{part}/{key}": value for part, keys in made.items() for key, value in keys.items()}
+
+
+def inputs_by(regen: ModuleType, spec: Mapping[str, Any]) -> dict[str, Array]:
+    """The rule's inputs by key."""
+    if hasattr(regen, "inputs"):
+        return dict(regen.inputs(spec))
+    listed = spec["inputs"].items()
+    return {key: regen.tensor(d["name"], d["shape"], d["kind"]) for key, d in listed}
+
+
 def answer(function: Callable[..., Tensor], *inputs: Array) -> Array:
     """The function's tensor for these arrays."""
     with torch.inference_mode():
@@ -157,7 +170,7 @@ def write_bundle(
 
 def _network_config(given: Mapping[str, Any]) -> NetworkConfig:
     """The configuration under our names."""
-    if given["style"] != given["embed"]:
+    if given.get("style", given["embed"]) != given["embed"]:
         raise SettingsError(f"style {given['style']} differs from embed {given['embed']}")
     return NetworkConfig(
         image_size=given["image_size"],

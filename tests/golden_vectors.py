@@ -146,24 +146,24 @@ def cut(picture: Array, place: str, shape: tuple[int, ...]) -> Array:
 
 def probed_timestep(case: Case, networks: TorchNetworks) -> int:
     """The timestep at which activations and modulation were taken, which the JSON does not say:
-    the listed one that gives the stored time modulation best, or without it the middle one."""
+    the one that gives the stored time modulation, a listed one if it can be; without it, the
+    middle one of the list."""
     listed: list[int] = list(case.spec["timesteps"])
     names = [name for name in case.stored if re.fullmatch(r"mod_time_in\d+", name)]
     if not names:
         return listed[len(listed) // 2]
+    due = case.stored[names[0]].reshape(1, -1)
+    at = np.array([*listed, *range(case.plan.total)], np.float32)
+    seen = _time_modulation(networks, int(names[0].removeprefix("mod_time_in")), at)
+    apart = np.abs(seen - due).max(axis=1)
+    near = np.flatnonzero(apart <= case.tolerance("modulation_vectors"))
+    return int(at[near[0]] if len(near) else at[np.argmin(apart[: len(listed)])])
 
-    def distance(t: int) -> float:
-        seen = _time_modulation(networks, int(names[0].removeprefix("mod_time_in")), t)
-        return float(np.abs(seen - case.stored[names[0]]).max())
 
-    return min(listed, key=distance)
-
-
-def _time_modulation(networks: TorchNetworks, index: int, t: int) -> Array:
+def _time_modulation(networks: TorchNetworks, index: int, t: Array) -> Array:
     unet = networks.unet("model")
     block: Any = cast(nn.Sequential, unet.input_blocks[index])[0]
-    e = answer(unet.time_embed, np.array([t], np.float32))
-    return answer(block.emb_layers, e)
+    return answer(block.emb_layers, answer(unet.time_embed, t))
 
 
 def _code(answers: Answers, match: Match) -> Array:
@@ -191,7 +191,8 @@ def _time_embedding(answers: Answers, match: Match) -> Array:
 def _modulation(answers: Answers, match: Match) -> Array:
     networks, index = answers.torch, int(match["index"])
     if match["what"] == "time":
-        return _time_modulation(networks, index, probed_timestep(answers.case, networks))
+        t = np.array([probed_timestep(answers.case, networks)], np.float32)
+        return _time_modulation(networks, index, t)
     block: Any = cast(nn.Sequential, networks.unet("model").input_blocks[index])[0]
     return answer(block.cond_emb_layers, answers.case.inputs["z"][:1])
 
