@@ -677,6 +677,17 @@ def test_emoca_s_checkpoint_is_the_one_with_the_smallest_loss(tmp_path: Path) ->
         imports._emoca_files(folder)
 
 
+def test_a_new_model_replaces_the_old_one_s_record(tmp_path: Path, model: Path) -> None:
+    out, other = tmp_path / "weights", tmp_path / "last.ckpt"
+    torch.save(diffae(), other)
+    do_import(Request(diffusionact=model, diffae=other, network=SMALL), out)
+    assert set(weights_folder.read_record(out).files) == {"diffusionact", "diffae"}
+    assert "encoder" in weights.load(out / "diffusionact.safetensors").parts
+    do_import(Request(diffusionact=model, network=SMALL), out)
+    assert set(weights_folder.read_record(out).files) == {"diffusionact"}
+    assert "encoder" not in weights.load(out / "diffusionact.safetensors").parts
+
+
 def face_model() -> dict[str, Any]:
     """The arrays of a FLAME of random numbers, under its published names."""
     rng = np.random.default_rng(0)

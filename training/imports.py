@@ -123,7 +123,8 @@ def import_published(request: Request, out_dir: Path) -> Report:
         for name, network in helpers.items()
     ]
     written += [weights_folder.save_flame(out_dir, face)] if face else []
-    files = {**record.files, **{entry.kind: entry.record() for entry in imported}}
+    kept = {k: v for k, v in record.files.items() if not (model and k == "diffae")}
+    files = {**kept, **{entry.kind: entry.record() for entry in imported}}
     outputs = {**record.outputs, **{path.name: file_sha256(path) for path in written}}
     missing = _missing(files)
     weights_folder.write_record(out_dir, replace(record, files=files, outputs=outputs), missing)
