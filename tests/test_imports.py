@@ -102,7 +102,8 @@ def test_arrows(path: str) -> None:
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.startswith("export/")])
 def test_export_takes_networks_from_training_and_nothing_else(path: str) -> None:
     taken = [name for name in SOURCES[path] if is_within(name, "diffusionact.training")]
-    doors = ("diffusionact.training.models", "diffusionact.training.weights")
+    files = ("diffusionact.training.weights", "diffusionact.training.weights_folder")
+    doors = ("diffusionact.training.models", *files)
     assert [name for name in taken if not any(is_within(name, door) for door in doors)] == []
 
 
