@@ -31,7 +31,7 @@ PRECISIONS = ("fp16", "fp32", "int8", "fp8")
 # there, and would round the coordinates and the factors that every step is scaled with.
 ONCE = ("time", "modulation", "time_invert", "modulation_invert")
 
-State: TypeAlias = Literal["valid", "truncated", "tampered", "foreign", "stale", "missing"]
+State: TypeAlias = Literal["valid", "truncated", "tampered", "wrong", "foreign", "stale", "missing"]
 Census: TypeAlias = Mapping[str, Mapping[str, int]]  # operator -> type of its output -> count
 
 
@@ -216,7 +216,8 @@ def read_manifest(path: Path) -> EngineManifest:
 def verify(path: Path) -> Found:
     """Return whether an engine is what was built, whatever it was built from.
 
-    valid, truncated or tampered; the last also for a manifest that is missing or damaged.
+    valid, truncated, tampered (also for a manifest that is missing or damaged), or wrong: as it
+    was built, but its answers were too far from the graph's.
     """
     try:
         manifest = read_manifest(path)
@@ -231,6 +232,10 @@ def verify(path: Path) -> Found:
         return Found("tampered", f"{path}: not readable ({error.strerror})", path)
     if seen != manifest.plan_sha256:
         return Found("tampered", f"{path}: sha256 {seen}, built as {manifest.plan_sha256}", path)
+    parity = manifest.parity
+    if parity is not None and not parity.passed:
+        far = f"{parity.max_error:.1e} from fp32, {parity.max_allowed:.1e} allowed"
+        return Found("wrong", f"{path}: its answers on {parity.gpu} were {far}", path)
     return Found("valid", f"{path}: as it was built", path, manifest)
 
 
@@ -328,7 +333,7 @@ def _sm(target: str) -> int:
 
 
 # What is told first when several engines do not fit.
-_ORDER: tuple[State, ...] = ("truncated", "tampered", "foreign", "stale")
+_ORDER: tuple[State, ...] = ("truncated", "tampered", "wrong", "foreign", "stale")
 _SOURCES = {
     "onnx_sha256": "the ONNX file",
     "recipe": "recipe",

@@ -191,6 +191,15 @@ def test_a_damaged_engine_is_refused(bundle: Path, name: str) -> None:
     assert engine_files.verify(path).state == state
 
 
+def test_an_engine_that_answered_wrongly_is_refused(bundle: Path) -> None:
+    path = put(bundle, key(bundle))
+    made = engine_files.read_manifest(path)
+    wrong = dataclasses.replace(made, parity=Parity(3e-2, 1e-2, HERE.name))
+    engine_files.write_manifest(path, wrong)
+    found = engine_files.find(bundle, key(bundle))
+    assert found.state == "wrong" and "3.0e-02 from fp32" in found.reason
+
+
 def test_engines_lie_in_the_cache_when_the_bundle_cannot_be_written(bundle: Path) -> None:
     inside, cache = engine_files.folders(bundle)
     inside.symlink_to("/proc/self")  # where root cannot write either

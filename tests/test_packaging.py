@@ -126,9 +126,9 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
                     for path in (ROOT / name).rglob("*.py")}  # fmt: skip
     assert sources | {"diffusionact/py.typed"} <= names
     shipped = {path for path in (ROOT / "diffusionact" / "assets").rglob("*") if path.is_file()
-               and "__pycache__" not in path.parts}  # fmt: skip
+               and not {"__pycache__", "engines"} & {*path.parts}}  # fmt: skip
     assert {path.relative_to(ROOT).as_posix() for path in shipped} <= names
-    unwanted = re.compile(r"\.cu$|\.engine$|/checkpoints/|/__pycache__/")
+    unwanted = re.compile(r"\.cu$|\.engine$|/face\.bundle/engines/|/checkpoints/|/__pycache__/")
     assert [name for name in names if unwanted.search(name)] == []
 
 

@@ -1,0 +1,302 @@
+"""`diffusionact build`: an engine for every component of a bundle, each made in a child process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+from diffusionact import engine_files, errors, trt_library
+from diffusionact import manifest as manifest_file
+from diffusionact.decode import decode
+from diffusionact.engine_files import Census, EngineKey, EngineManifest, Gpu, Parity
+from diffusionact.engines.plan import PERCENT, Request, Result
+from diffusionact.errors import DeviceError, EngineError, SettingsError
+from diffusionact.manifest import ComponentSpec, Manifest
+from diffusionact.progress import StageCallback
+
+# An engine that can be run here, against the bundle's graph; None where it cannot.
+Gate: TypeAlias = Callable[[EngineManifest, Path], Parity | None]
+
+LEVELS = range(6)
+PATIENCE_S = 20.0  # for a cancelled builder to come back: one of its steps
+MESSAGE_BYTES = 2000  # of a crashed builder's last words
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to build.
+
+    here: the GPU of this machine, if it has one; gpus: architectures to build for ahead of time;
+    steps: step counts of render, the bundle's own if empty; force: build what is valid again.
+    """
+
+    here: Gpu | None = None
+    gpus: tuple[str, ...] = ()
+    library: str | None = None
+    precision: str = "fp16"
+    level: int = 3
+    workspace_mib: int = 4096
+    steps: tuple[int, ...] = ()
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Built:
+    """One engine, new or found valid."""
+
+    component: str
+    path: Path
+    new: bool
+    manifest: EngineManifest
+
+
+def build(
+    bundle_dir: Path,
+    settings: Settings,
+    progress: StageCallback | None = None,
+    gate: Gate | None = None,
+) -> Iterator[Built]:
+    """Yield the engines of the bundle, one after the other as they are ready.
+
+    gate: compares an engine with the bundle's graph; its result is stored beside the engine.
+
+    Raises: BundleError, SettingsError; BackendMissing without TensorRT; DeviceError without a GPU
+    and without `gpus`; EngineError when one cannot be built, written, or answers wrongly.
+    """
+    _check(settings)
+    bundle_dir = Path(bundle_dir)
+    manifest = manifest_file.read(bundle_dir)
+    library = trt_library.find(_library(settings))
+    keys = wanted_keys(manifest, settings, library.name, library.version)
+    folder = engine_files.folder_to_write(bundle_dir)
+    for key in keys:
+        found = engine_files.find(bundle_dir, key)
+        if found.path and found.manifest and not settings.force:
+            yield Built(key.component, found.path, False, found.manifest)
+            continue
+        if found.state in ("truncated", "tampered") and found.path:
+            _remove(found.path)
+        part = manifest.components[key.component]
+        path = folder / f"{engine_files.stem(key)}{engine_files.SUFFIX}"
+        made = _build_one(bundle_dir, part, key, settings, path, progress)
+        yield Built(key.component, path, True, _gated(made, path, gate))
+
+
+def wanted_keys(
+    manifest: Manifest, settings: Settings, library: str, version: str
+) -> tuple[EngineKey, ...]:
+    """Return the key of every engine that the bundle needs.
+
+    The networks of a schedule have an engine for each step count.
+    """
+    target = settings.gpus or settings.here
+    if target is None:
+        raise DeviceError(
+            "no GPU here to build for; name what the engines are for, as in --gpu sm_89,sm_120"
+        )
+    own = any(name.endswith("_invert") for name in manifest.components)
+    render = settings.steps or (manifest.render.steps,)
+    keys = []
+    for name, part in manifest.components.items():
+        inversion = () if own and not name.endswith("_invert") else (manifest.invert.steps,)
+        counts = inversion if name.endswith("_invert") else (*render, *inversion)
+        named = any(isinstance(size, str) for spec in part.inputs for size in spec.shape)
+        for count in dict.fromkeys(counts if named else (1,)):
+            key = engine_files.make_key(
+                manifest,
+                name,
+                library=library,
+                version=version,
+                target=target,
+                precision=settings.precision,
+                sizes={"N": count},
+                level=settings.level,
+            )
+            keys.append(key)
+    return tuple(keys)
+
+
+def _check(settings: Settings) -> None:
+    if settings.level not in LEVELS:
+        raise SettingsError(f"level {settings.level}; wanted 0 to {LEVELS[-1]}")
+    if settings.workspace_mib < 1:
+        raise SettingsError(f"workspace {settings.workspace_mib} MiB; wanted at least 1")
+    if settings.precision not in ("fp16", "fp32"):
+        raise SettingsError(f"precision {settings.precision!r} is not built yet; wanted fp16, fp32")
+    if settings.gpus and settings.library == "tensorrt":
+        raise SettingsError(
+            "tensorrt builds for the GPU it runs on; with --gpu take --library tensorrt_rtx"
+        )
+    if any(count < 1 for count in settings.steps):
+        raise SettingsError(f"steps {settings.steps}; wanted at least 1")
+
+
+def _library(settings: Settings) -> str | None:
+    """The one that was asked for, and ahead of time the one that can."""
+    return settings.library or ("tensorrt_rtx" if settings.gpus else None)
+
+
+def _build_one(
+    bundle_dir: Path,
+    part: ComponentSpec,
+    key: EngineKey,
+    settings: Settings,
+    path: Path,
+    progress: StageCallback | None,
+) -> EngineManifest:
+    """The manifest of the engine at `path`; both files are there, each whole."""
+    plan = path.with_name(f".part-{os.getpid()}-{path.name}")
+    # On RTX it is empty: what depends on the GPU is done when the engine is loaded.
+    cache = path.with_name(f"timing-{key.library}-{key.version}-{key.targets[0]}.cache")
+    request = Request(
+        onnx=str(bundle_dir / part.file),
+        plan=str(plan),
+        shapes=key.shapes,
+        precision=key.precision,
+        library=key.library,
+        targets=key.targets,
+        gpu=key.gpu,
+        level=key.level,
+        workspace_mib=settings.workspace_mib,
+        timing_cache=str(cache) if key.library == "tensorrt" else None,
+    )
+    try:
+        result = run_child(request, lambda n: progress and progress(key.component, n, PERCENT))
+        inputs, outputs = engine_files.fixed_specs(part, key)
+        manifest = EngineManifest(
+            key,
+            result.plan_sha256,
+            result.plan_bytes,
+            inputs,
+            outputs,
+            graph=result.graph,
+            network=result.network,
+            engine=result.engine,
+            build_s=round(result.build_s, 3),
+        )
+        os.replace(plan, path)
+        engine_files.write_manifest(path, manifest)
+    except OSError as error:
+        raise EngineError(f"{path}: not written ({error.strerror}); {_MORE_ROOM}") from error
+    finally:
+        plan.unlink(missing_ok=True)
+    return manifest
+
+
+def run_child(request: Request, report: Callable[[int], object]) -> Result:
+    """Return what a process of its own has built; its memory is free again.
+
+    Raises: what `make_plan` raises, and EngineError when the process dies.
+    """
+    paths = [os.path.abspath(entry) if entry else os.getcwd() for entry in sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", "from diffusionact.engines.child import main; main()"]
+    with tempfile.TemporaryFile() as words:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=words,
+            env=environment,
+            encoding="utf-8",
+        )
+        try:
+            answer = _converse(child, request, report)
+        finally:
+            _end(child)
+        if "result" in answer:
+            return decode(Result, answer["result"])
+        if "error" in answer:
+            raise _error(answer["error"], answer["message"])
+        words.seek(0)
+        raise EngineError(_epitaph(request, child.returncode, words))
+
+
+def _converse(
+    child: subprocess.Popen[str], request: Request, report: Callable[[int], object]
+) -> dict[str, Any]:
+    """The last line of the child, {} if it died before it."""
+    assert child.stdin is not None and child.stdout is not None
+    try:
+        child.stdin.write(json.dumps(asdict(request)) + "\n")
+        child.stdin.flush()
+    except BrokenPipeError:
+        return {}
+    for line in child.stdout:
+        answer: dict[str, Any] = json.loads(line)
+        if "percent" not in answer:
+            return answer
+        report(answer["percent"])
+    return {}
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """Nothing; the child has ended: of itself, because its stdin is closed, or killed."""
+    assert child.stdin is not None and child.stdout is not None
+    try:
+        child.stdin.close()
+    except BrokenPipeError:
+        pass  # it has died, and a flush found out
+    try:
+        child.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    child.stdout.close()  # not before: the child may still be telling how far it is
+
+
+def _error(kind: str, message: str) -> Exception:
+    if kind == "OSError":
+        return EngineError(f"{message}; {_MORE_ROOM}")
+    found: Exception = getattr(errors, kind)(message)
+    return found
+
+
+def _epitaph(request: Request, status: int, words: IO[bytes]) -> str:
+    last = words.read()[-MESSAGE_BYTES:].decode(errors="replace").strip()
+    how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+    return (
+        f"{request.onnx}: the builder {how}{': ' if last else ''}{last}; if memory is short, "
+        "try less --workspace or a lower --level"
+    )
+
+
+def _gated(manifest: EngineManifest, path: Path, gate: Gate | None) -> EngineManifest:
+    parity = gate(manifest, path) if gate else None
+    if parity is None:
+        return manifest
+    told = replace(manifest, parity=parity)
+    engine_files.write_manifest(path, told)
+    if not parity.passed:
+        raise EngineError(
+            f"{path}: differs from the bundle's graph by {parity.max_error:.1e}, "
+            f"{parity.max_allowed:.1e} is allowed; it is not used. Try --precision fp32"
+        )
+    return told
+
+
+def _remove(path: Path) -> None:
+    for damaged in (path, path.with_suffix(".json")):
+        try:
+            damaged.unlink(missing_ok=True)
+        except OSError:
+            pass  # in a folder that is not ours to write; it is passed over when read
+
+
+def describe(census: Census) -> str:
+    """Return a census in one line: how many operators or layers there are of each type."""
+    totals: dict[str, int] = {}
+    for counts in census.values():
+        for kind, count in counts.items():
+            totals[kind] = totals.get(kind, 0) + count
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(totals.items()))
+
+
+_MORE_ROOM = f"free some space, or set {engine_files.CACHE_VARIABLE} to a folder on another disk"
