@@ -113,6 +113,39 @@ def export(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def build(arguments: argparse.Namespace) -> int:
+    """Make engines of a bundle."""
+    from diffusionact.progress import StageProgress
+
+    with _extra("build", "rtx"):
+        from diffusionact.engines.build import Settings, describe
+        from diffusionact.engines.build import build as build_engines
+        from diffusionact.engines.gpu import gpu_here
+
+        settings = Settings(
+            here=None if arguments.gpu else gpu_here(),
+            gpus=arguments.gpu,
+            library=arguments.library,
+            precision=arguments.precision,
+            level=arguments.level,
+            workspace_mib=arguments.workspace,
+            steps=arguments.steps,
+            force=arguments.force,
+        )
+        with StageProgress("percent", quiet=arguments.quiet) as progress:
+            for built in build_engines(Path(arguments.bundle), settings, progress):
+                told = built.manifest
+                counts = told.engine if told.engine is not None else told.network
+                parity = f"{told.parity.max_error:.1e}" if told.parity else "not run here"
+                text = (
+                    f"{'built' if built.new else 'valid':<7}{built.title:<18} "
+                    f"{told.key.precision}, {told.plan_bytes / 1e6:.1f} MB, {told.build_s:.1f} s, "
+                    f"{describe(counts)}; parity {parity}; {built.path.name}"
+                )
+                _say(arguments, {**dataclasses.asdict(built), "path": str(built.path)}, text)
+    return DONE
+
+
 def train(arguments: argparse.Namespace) -> int:
     """Train what a recipe says, rendering its faces first where they are not there yet."""
     with _extra("train"):
@@ -173,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     _fill_run(add(run, "Move a portrait with the face in a picture, video or track.", model))
     _fill_import(add(import_, "Published checkpoints -> a folder of weights."))
     _fill_export(add(export, "Weights -> a bundle of ONNX files."))
+    _fill_build(add(build, "A bundle -> TensorRT engines, for this GPU or for named ones."))
     _fill_train(add(train, "Train what a recipe says."))
     _fill_check(add(check, "Versions, devices, backends, tracker, and a bundle's health."))
     return parser
@@ -280,6 +314,32 @@ def _fill_export(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(log="info")
 
 
+def _fill_build(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "bundle",
+        nargs="?",
+        default=bundle_path(),
+        metavar="BUNDLE",
+        help="(default: the shipped one)",
+    )
+    add(
+        "--gpu",
+        type=_words,
+        default=(),
+        metavar="SM,...",
+        help="ahead of time, for GPUs such as sm_89,sm_120 (default: the one here)",
+    )
+    add("--precision", default="fp16", choices=("fp16", "fp32"))
+    add("--library", choices=("tensorrt", "tensorrt_rtx"), help="(default: what is installed)")
+    add(
+        "--level", type=int, default=3, metavar="N", help="0 is quick, 5 searches long (default: 3)"
+    )
+    add("--workspace", type=int, default=4096, metavar="MIB", help="scratch (default: 4096)")
+    add("--steps", type=_counts, default=(), metavar="N,...", help="(default: the bundle's)")
+    add("--force", action="store_true", help="build what is valid again")
+
+
 def _fill_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", metavar="RECIPE.toml")
@@ -311,6 +371,15 @@ def _steps(text: str) -> int | tuple[int, ...]:
         message = f"{text!r}; wanted a count such as 8, or timesteps such as 0,250,500"
         raise argparse.ArgumentTypeError(message) from None
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    steps = _steps(text)
+    return steps if isinstance(steps, tuple) else (steps,)
 
 
 def _start_log(arguments: argparse.Namespace) -> None:

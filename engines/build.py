@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,6 +56,12 @@ class Built:
     path: Path
     new: bool
     manifest: EngineManifest
+
+    @property
+    def title(self) -> str:
+        """The component, and the step count that it is for where it depends on one."""
+        rows = self.manifest.key.shapes.get("time_rows")
+        return f"{self.component} N={rows[0]}" if rows else self.component
 
 
 def build(
@@ -291,12 +298,17 @@ def _remove(path: Path) -> None:
 
 
 def describe(census: Census) -> str:
-    """Return a census in one line: how many operators or layers there are of each type."""
-    totals: dict[str, int] = {}
+    """Return a census in one line: the layers that take the time, or all where none is known."""
+    told = {name: counts for name, counts in census.items() if name in _TOLD}
+    totals: Counter[str] = Counter()
     for counts in census.values():
-        for kind, count in counts.items():
-            totals[kind] = totals.get(kind, 0) + count
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(totals.items()))
+        totals.update(counts)
+    lines = told or {"layer": totals}
+    return ", ".join(
+        f"{name.lower()} {' '.join(f'{n} {kind}' for kind, n in sorted(counts.items()))}"
+        for name, counts in lines.items()
+    )
 
 
+_TOLD = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "NORMALIZATION", "SOFTMAX")
 _MORE_ROOM = f"free some space, or set {engine_files.CACHE_VARIABLE} to a folder on another disk"

@@ -21,12 +21,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from diffusionact import bundle_path, engine_files, trt_library
+from diffusionact import bundle_path, cli, engine_files, trt_library
 from diffusionact import manifest as manifest_file
 from diffusionact.engine_files import EngineManifest, Gpu, Parity
 from diffusionact.engines import build as engines
 from diffusionact.engines import plan as engine_plan
 from diffusionact.engines.build import Settings
+from diffusionact.engines.gpu import gpu_here
 from diffusionact.errors import (
     BackendMissing,
     BundleError,
@@ -385,3 +386,74 @@ def test_a_gpu_that_is_here_is_in_the_key(bundle: Path) -> None:
     manifest = manifest_file.read(bundle)
     keys = engines.wanted_keys(manifest, Settings(here=here), "tensorrt", "11.4")
     assert {(k.gpu, k.targets, k.driver_major) for k in keys} == {(here.name, ("sm_89",), 580)}
+
+
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Put a program called nvidia-smi first on the path."""
+    tool = folder / "bin" / "nvidia-smi"
+    tool.parent.mkdir(exist_ok=True)
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+
+
+def test_the_gpu_is_what_the_driver_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = "echo 'NVIDIA RTX 4090, 8.9, 580.65.06'; echo 'NVIDIA H200, 9.0, 580.65.06'"
+    stand_in(tmp_path, monkeypatch, two)
+    assert gpu_here() == Gpu("NVIDIA RTX 4090", "sm_89", 580)
+    for broken in ("exit 9", "echo No devices were found", ":"):
+        stand_in(tmp_path, monkeypatch, broken)
+        with pytest.raises(DeviceError, match="--gpu sm_89"):
+            gpu_here()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_here() is None
+
+
+def run_cli(*words: str | Path) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_start_log", lambda arguments: None)
+        return cli.main(["build", *map(str, words)])
+
+
+def test_the_command_builds_and_tells(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    only(bundle, "encoder")
+    assert run_cli(bundle, "--gpu", "sm_89,sm_120", "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 6 and [line["component"] for line in lines if line["new"]] == ["encoder"]
+    assert Path(lines[0]["path"]).is_file() and lines[0]["manifest"]["graph"]
+    assert run_cli(bundle, "--gpu", "sm_89,sm_120") == 0
+    text = capsys.readouterr().out
+    assert text.count("valid") == 6 and text.count("parity not run here") == 6
+    assert "encoder            fp16" in text and "matrix_multiply 1 HALF" in text
+    assert "modulation N=4     fp32" in text and "modulation N=5     fp32" in text
+
+
+def test_the_command_without_a_gpu_says_what_to_give(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusionact.engines.gpu.gpu_here", lambda: None)
+    assert run_cli(bundle) == 2
+    assert "--gpu sm_89,sm_120" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_cli(bundle, "--precision", "half")
+
+
+def test_sigint_ends_the_command_and_its_builder(shipped: Path) -> None:
+    """As a terminal sends it: to both."""
+    words = ["build", str(only(shipped, "unet_step")), "--gpu", "sm_89"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "diffusionact.cli", *words], start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with child:
+        deadline_s = time.monotonic() + CANCEL_S
+        tasks = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+        while not tasks.read_text() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        (builder,) = map(int, tasks.read_text().split())
+        time.sleep(2.0)  # into the build, or still loading: both must end
+        os.killpg(child.pid, signal.SIGINT)
+        _, told = child.communicate(timeout=CANCEL_S)
+    assert child.returncode == 130 and "interrupted" in told
+    assert not Path(f"/proc/{builder}").exists()
+    assert left_over(shipped) == []
