@@ -15,9 +15,9 @@ from typing import Any
 
 from diffusionact.errors import BackendMissing, SettingsError
 
-# name -> the module that holds its classes: the same in NVIDIA's meta packages and without them.
+# name -> the module that holds its classes. That of RTX is there without its meta package too.
 MODULES: Mapping[str, str] = {
-    "tensorrt": "tensorrt_bindings",
+    "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt_rtx_bindings",
 }
 INSTALL: Mapping[str, str] = {
