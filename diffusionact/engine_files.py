@@ -114,8 +114,9 @@ def make_key(
 ) -> EngineKey:
     """Return the key of the engine that a component of the bundle needs.
 
-    target: the GPU that is here, or architectures to build for ahead of time; precision: what was asked for, the
-    component may keep fp32; sizes: numbers of named sizes, such as {"N": 4}; level: the least.
+    target: the GPU that is here, or architectures to build for ahead of time; precision: what was
+    asked for, the component may keep fp32; sizes: numbers of named sizes, such as {"N": 4};
+    level: the least.
 
     Raises: BundleError for an unknown component, SettingsError for a precision or size.
     """

@@ -83,7 +83,7 @@ def _alone(node: onnx.NodeProto, inputs: Feed) -> onnx.ModelProto:
 
 @contextmanager
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[dict[str, Array]]]]:
-    """What the runtime feeds its networks within the block: name of an output -> inputs in order."""
+    """What the runtime feeds its networks in the block: name of an output -> inputs in order."""
     seen: dict[str, list[dict[str, Array]]] = {}
     plain = ort.OrtComponent.run
 
