@@ -131,6 +131,7 @@ def build(arguments: argparse.Namespace) -> int:
             workspace_mib=arguments.workspace,
             steps=arguments.steps,
             force=arguments.force,
+            calibration=arguments.calibration,
         )
         with StageProgress("percent", quiet=arguments.quiet) as progress:
             for built in build_engines(Path(arguments.bundle), settings, progress):
@@ -330,7 +331,8 @@ def _fill_build(parser: argparse.ArgumentParser) -> None:
         metavar="SM,...",
         help="ahead of time, for GPUs such as sm_89,sm_120 (default: the one here)",
     )
-    add("--precision", default="fp16", choices=("fp16", "fp32"))
+    add("--precision", default="fp16", choices=("fp16", "fp32", "int8", "fp8"))
+    add("--calibration", type=Path, metavar="DIR", help="of 8 bits: see docs/engines.md")
     add("--library", choices=("tensorrt", "tensorrt_rtx"), help="(default: what is installed)")
     add(
         "--level", type=int, default=3, metavar="N", help="0 is quick, 5 searches long (default: 3)"

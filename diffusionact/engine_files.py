@@ -59,6 +59,7 @@ class EngineKey:
     driver_major: int = 0  # 0: likewise
     level: int = 3  # how long the builder searched, 0..5
     recipe: int = RECIPE
+    calibration: str = ""  # sha256 of the file that 8 bits were calibrated with
 
 
 @dataclass(frozen=True)

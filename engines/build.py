@@ -17,6 +17,7 @@ from diffusionact import engine_files, errors, trt_library
 from diffusionact import manifest as manifest_file
 from diffusionact.decode import decode
 from diffusionact.engine_files import Census, EngineKey, EngineManifest, Gpu, Parity
+from diffusionact.engines import quantize
 from diffusionact.engines.plan import PERCENT, Request, Result
 from diffusionact.errors import DeviceError, EngineError, SettingsError
 from diffusionact.manifest import ComponentSpec, Manifest
@@ -35,7 +36,8 @@ class Settings:
     """What to build.
 
     here: the GPU of this machine, if it has one; gpus: architectures to build for ahead of time;
-    steps: step counts of render, the bundle's own if empty; force: build what is valid again.
+    steps: step counts of render, the bundle's own if empty; force: build what is valid again;
+    calibration: the folder of `quantize.write` for 8 bits, COMPONENT-KIND.json.
     """
 
     here: Gpu | None = None
@@ -46,6 +48,7 @@ class Settings:
     workspace_mib: int = 4096
     steps: tuple[int, ...] = ()
     force: bool = False
+    calibration: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,22 @@ def wanted_keys(
                 sizes={"N": count},
                 level=settings.level,
             )
-            keys.append(key)
+            keys.append(_calibrated(key, settings))
     return tuple(keys)
+
+
+def _calibrated(key: EngineKey, settings: Settings) -> EngineKey:
+    path = _calibration(key, settings)
+    if path is None:
+        return key
+    quantize.read(path, key.onnx_sha256, key.precision)
+    return replace(key, calibration=manifest_file.file_sha256(path))
+
+
+def _calibration(key: EngineKey, settings: Settings) -> Path | None:
+    if key.precision not in quantize.KINDS or settings.calibration is None:
+        return None
+    return settings.calibration / f"{key.component}-{key.precision}.json"
 
 
 def _check(settings: Settings) -> None:
@@ -135,8 +152,13 @@ def _check(settings: Settings) -> None:
         raise SettingsError(f"level {settings.level}; wanted 0 to {LEVELS[-1]}")
     if settings.workspace_mib < 1:
         raise SettingsError(f"workspace {settings.workspace_mib} MiB; wanted at least 1")
-    if settings.precision not in ("fp16", "fp32"):
-        raise SettingsError(f"precision {settings.precision!r} is not built yet; wanted fp16, fp32")
+    if settings.precision not in engine_files.PRECISIONS:
+        known = ", ".join(engine_files.PRECISIONS)
+        raise SettingsError(f"precision {settings.precision!r}; choose from: {known}")
+    if settings.precision in quantize.KINDS and settings.calibration is None:
+        raise SettingsError(
+            f"precision {settings.precision!r} needs a calibration: docs/engines.md"
+        )
     if settings.gpus and settings.library == "tensorrt":
         raise SettingsError(
             "tensorrt builds for the GPU it runs on; with --gpu take --library tensorrt_rtx"
@@ -173,6 +195,7 @@ def _build_one(
         level=key.level,
         workspace_mib=settings.workspace_mib,
         timing_cache=str(cache) if key.library == "tensorrt" else None,
+        calibration=str(_calibration(key, settings)) if key.calibration else None,
     )
     try:
         result = run_child(request, lambda n: progress and progress(key.component, n, PERCENT))

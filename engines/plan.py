@@ -20,8 +20,9 @@ import onnx
 
 from diffusionact import trt_library
 from diffusionact.engine_files import Census
-from diffusionact.engines import precision
+from diffusionact.engines import precision, quantize
 from diffusionact.errors import BundleError, EngineError
+from diffusionact.manifest import file_sha256
 
 MIB = 1 << 20
 PERCENT = 100
@@ -42,6 +43,7 @@ class Request:
     level: int
     workspace_mib: int
     timing_cache: str | None = None
+    calibration: str | None = None  # of 8 bits
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,14 @@ def _graph(request: Request) -> onnx.ModelProto:
         raise BundleError(
             f"{request.onnx}: not an ONNX file ({error}); export the bundle again"
         ) from error
-    made = precision.to_fp16(model) if request.precision == "fp16" else precision.folded(model)
+    if request.precision == "fp16":
+        made = precision.to_fp16(model)
+    elif request.precision in quantize.KINDS and request.calibration is not None:
+        digest, kind = file_sha256(Path(request.onnx)), request.precision
+        ranges = quantize.read(Path(request.calibration), digest, kind).ranges
+        made = quantize.quantized(model, ranges, kind)
+    else:
+        made = precision.folded(model)
     precision.fix_sizes(made, request.shapes)
     return made
 
