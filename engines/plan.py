@@ -107,16 +107,26 @@ def _graph(request: Request) -> onnx.ModelProto:
         raise BundleError(
             f"{request.onnx}: not an ONNX file ({error}); export the bundle again"
         ) from error
-    if request.precision == "fp16":
-        made = precision.to_fp16(model)
-    elif request.precision in quantize.KINDS and request.calibration is not None:
-        digest, kind = file_sha256(Path(request.onnx)), request.precision
-        ranges = quantize.read(Path(request.calibration), digest, kind).ranges
-        made = quantize.quantized(model, ranges, kind)
-    else:
-        made = precision.folded(model)
+    made = _in_precision(model, request)
     precision.fix_sizes(made, request.shapes)
     return made
+
+
+def _in_precision(model: onnx.ModelProto, request: Request) -> onnx.ModelProto:
+    """Never fp32 for want of something else.
+
+    Raises: EngineError for anything but fp32 and fp16 without a calibration; as `quantize`.
+    """
+    if request.precision == "fp32":
+        return precision.folded(model)
+    if request.precision == "fp16":
+        return precision.to_fp16(model)
+    if request.calibration is None:
+        raise EngineError(f"precision {request.precision!r} needs a calibration: docs/engines.md")
+    digest, kind = file_sha256(Path(request.onnx)), request.precision
+    return quantize.quantized(
+        model, quantize.read(Path(request.calibration), digest, kind).ranges, kind
+    )
 
 
 def _network(trt: Any, builder: Any, log: Any, model: onnx.ModelProto, request: Request) -> Any:

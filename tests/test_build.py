@@ -292,6 +292,13 @@ def test_shapes_are_those_of_the_manifest(bundle: Path) -> None:
         engine_plan.make_plan(wrong, lambda percent: None, lambda: False)
 
 
+def test_no_engine_is_fp32_for_want_of_something_else(bundle: Path) -> None:
+    for kind, message in (("int8", "calibration"), ("half", "calibration")):
+        with pytest.raises(EngineError, match=message):
+            asked = request(bundle, "encoder", precision=kind)
+            engine_plan.make_plan(asked, lambda percent: None, lambda: False)
+
+
 def test_what_cannot_be_built_here_is_said(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong: list[tuple[Settings, type[Exception], str]] = [
         (Settings(), DeviceError, "--gpu sm_89,sm_120"),
