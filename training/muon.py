@@ -27,9 +27,9 @@ def is_matrix(parameter: nn.Parameter) -> bool:
 class Muon(torch.optim.Optimizer):
     """One optimiser for a network of mixed parameters; a group may hold both kinds.
 
-    On small networks that a CPU trains it needs about half the pictures that AdamW does, for a
-    third more time a step (measured on this repository's U-Net at batch 16). `torch.optim.Muon`
-    refuses the kernels of convolutions.
+    In runs of four minutes of this repository's U-Net at batch 16 on one core, 183 of its steps
+    reached a PSNR of 18.6 dB, 230 of AdamW's 18.1. `torch.optim.Muon` refuses the kernels of
+    convolutions.
 
     Source: K. Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024.
     """

@@ -90,7 +90,7 @@ def scene_loss(
     state: State, sample: Sample, recipe: Recipe, stage: StageRecipe
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the loss and its parts: both encoders learn to read the rendered scene, without a
-    decoder, which costs ten times as much; z_r stays by z_t."""
+    decoder, which takes three times as long; z_r stays by z_t."""
     z_t = state.live["encoder"](sample.target).float()
     z_r = state.live["reenactment"](sample.source, sample.condition).float()
     parts = {"code": code_distance(z_r, z_t.detach()).mean()}
