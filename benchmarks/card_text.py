@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from diffusionact.errors import MediaError
 from diffusionact.evaluation.metrics import gap_closed
+from diffusionact.files import write_whole
 
 Scores = Mapping[str, NDArray[np.float64]]
 
@@ -166,6 +166,4 @@ def write_section(path: Path, text: str) -> None:
     before, rest = card.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
-    part.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")

@@ -33,6 +33,7 @@ from benchmarks.card_text import Scores, section, write_section
 from diffusionact import manifest as bundles
 from diffusionact.condition import Drawing, draw_condition
 from diffusionact.evaluation import metrics
+from diffusionact.files import write_whole
 from diffusionact.image import to_tensor
 from diffusionact.landmarks import Landmarks
 from diffusionact.runtime.loop import open_loop, runs
@@ -341,9 +342,7 @@ def main() -> None:
     text, results = section(table, facts)
     write_section(arguments.card, text)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    part = arguments.json.with_name(f".part-{arguments.json.name}")
-    part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, arguments.json)
+    write_whole(arguments.json, json.dumps(results, indent=1) + "\n")
     write_sheet(arguments.sheet, pairs, rows, description.render.steps
                 if description.render.steps in steps else steps[0])  # fmt: skip
     LOG.info("%s", text)

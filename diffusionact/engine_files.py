@@ -18,6 +18,7 @@ from typing import Literal, TypeAlias
 
 from diffusionact.decode import DecodeError, decode
 from diffusionact.errors import BundleError, EngineError, SettingsError
+from diffusionact.files import write_whole
 from diffusionact.manifest import ComponentSpec, Manifest, TensorSpec, file_sha256
 
 FORMAT = 1
@@ -188,10 +189,7 @@ def folder_to_write(bundle_dir: Path) -> Path:
 
 def write_manifest(path: Path, manifest: EngineManifest) -> None:
     """Return nothing; the manifest lies beside the engine `path`, whole or not at all."""
-    beside = path.with_suffix(".json")
-    part = beside.with_name(f".part-{beside.name}")
-    part.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    os.replace(part, beside)
+    write_whole(path.with_suffix(".json"), json.dumps(asdict(manifest), indent=2) + "\n")
 
 
 def read_manifest(path: Path) -> EngineManifest:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from diffusionact import schedule
 from diffusionact.condition import Drawing
 from diffusionact.decode import DecodeError, decode
 from diffusionact.errors import BundleError, SettingsError
+from diffusionact.files import write_whole
 from diffusionact.schedule import Int64Array, Prediction
 
 FORMAT = 1
@@ -219,10 +219,7 @@ def write(bundle_dir: Path, manifest: Manifest) -> None:
     Raises: BundleError when the manifest contradicts itself.
     """
     check(manifest)
-    path = Path(bundle_dir) / FILE_NAME
-    part = path.with_name(f".part-{path.name}")
-    part.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_whole(Path(bundle_dir) / FILE_NAME, json.dumps(asdict(manifest), indent=2) + "\n")
 
 
 def check(manifest: Manifest) -> None:

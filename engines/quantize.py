@@ -8,7 +8,6 @@ keeps close enough to the fp32 one on inputs that it was not calibrated on.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from onnx import helper, numpy_helper
 from diffusionact.decode import DecodeError, decode
 from diffusionact.engines import precision
 from diffusionact.errors import EngineError, SettingsError
+from diffusionact.files import write_whole
 
 Array: TypeAlias = npt.NDArray[Any]
 Feed: TypeAlias = Mapping[str, Array]
@@ -120,9 +120,7 @@ def quantized(model: onnx.ModelProto, ranges: Mapping[str, float], kind: str) ->
 
 def write(path: Path, calibration: Calibration) -> None:
     """Return nothing; the calibration is in its file, whole or not at all."""
-    part = path.with_name(f".part-{path.name}")
-    part.write_text(json.dumps(asdict(calibration), indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, json.dumps(asdict(calibration), indent=2) + "\n")
 
 
 def read(path: Path, onnx_sha256: str, kind: str) -> Calibration:

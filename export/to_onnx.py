@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from diffusionact.files import write_whole
 from diffusionact.manifest import TensorSpec
 
 OPSET = 21
@@ -37,9 +37,7 @@ def export(
     strip(model)
     store_as_float16(model)
     onnx.checker.check_model(model, full_check=True)
-    part = path.with_name(f".part-{path.name}")
-    part.write_bytes(model.SerializeToString(deterministic=True))
-    os.replace(part, path)
+    write_whole(path, model.SerializeToString(deterministic=True))
 
 
 def trace(

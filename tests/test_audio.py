@@ -10,7 +10,6 @@ from typing import Any
 
 import av
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from diffusionact.errors import MediaError
@@ -18,33 +17,12 @@ from diffusionact.landmarks import Landmarks
 from diffusionact.runtime.audio import AudioCopy
 from diffusionact.runtime.media import FRAME_NS, NS, open_reader
 from diffusionact.runtime.writer import open_writer
+from tests.clips import grey, times_of, write
 
 # A beep is found in steps of this; a copied packet moves not at all.
 BEEP_STEP_S = 0.001
 # Re-encoded AAC starts with a frame of padding that players skip: 1024 samples at 48 kHz.
 AAC_FRAME_S = 1024 / 48_000
-
-UInt8Array = npt.NDArray[np.uint8]
-
-
-def grey(level: int, height: int = 48, width: int = 64) -> UInt8Array:
-    return np.full((height, width, 3), level, np.uint8)
-
-
-def write(
-    path: Path,
-    images: Sequence[UInt8Array],
-    times_ns: Sequence[int],
-    face: Landmarks,
-    **options: Any,
-) -> None:
-    with open_writer(path, **options) as writer:
-        for image, pts_ns in zip(images, times_ns, strict=True):
-            writer.write(image, pts_ns, FRAME_NS, face)
-
-
-def times_of(path: Path) -> list[int]:
-    return [frame.pts_ns for frame in open_reader(path)]
 
 
 def test_a_sound_file_is_no_video(tmp_path: Path) -> None:

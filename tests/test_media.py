@@ -16,7 +16,6 @@ from typing import Any
 import av
 import cv2
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from diffusionact.errors import MediaError
@@ -24,31 +23,10 @@ from diffusionact.landmarks import Landmarks
 from diffusionact.runtime import media
 from diffusionact.runtime.media import FRAME_NS, NS, open_reader, read_image
 from diffusionact.runtime.writer import open_writer
+from tests.clips import grey, times_of, write
 
 # 8-bit video range and 4:2:0 rounding of one flat colour, grey levels.
 COLOUR_TOLERANCE = 6
-
-UInt8Array = npt.NDArray[np.uint8]
-
-
-def grey(level: int, height: int = 48, width: int = 64) -> UInt8Array:
-    return np.full((height, width, 3), level, np.uint8)
-
-
-def write(
-    path: Path,
-    images: Sequence[UInt8Array],
-    times_ns: Sequence[int],
-    face: Landmarks,
-    **options: Any,
-) -> None:
-    with open_writer(path, **options) as writer:
-        for image, pts_ns in zip(images, times_ns, strict=True):
-            writer.write(image, pts_ns, FRAME_NS, face)
-
-
-def times_of(path: Path) -> list[int]:
-    return [frame.pts_ns for frame in open_reader(path)]
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ def test_shipped_recipes_load(path: Path) -> None:
         (('kind = "reenact"', 'kind = "swap"'), "kind = 'swap', wanted one of 'scene', 'auto"),
         (("cached_from = 0.4", "cached_from = 4"), "cached_from = 4, wanted 0..1"),
         (("images = 16", "images = 0"), "images = 0, wanted above 0"),
+        (("images = 8\nbatch = 4", "images = 8\nbatch = 5"), "batch = 5, wanted an even number"),
         (('folder = "{folder}"', ""), "folder"),
         (("[pool]", 'pool = "here"\n[other]'), "'here', wanted a table"),
         (("[pool]", "[pool"), "not TOML"),

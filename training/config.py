@@ -184,6 +184,11 @@ def _check(recipe: Recipe, where: str) -> None:
         if stage.kind not in get_args(Kind):
             kinds = ", ".join(repr(kind) for kind in get_args(Kind))
             raise SettingsError(f"{where} [[stages]]: kind = {stage.kind!r}, wanted one of {kinds}")
+        if stage.kind == "reenact" and stage.batch % 2:
+            raise SettingsError(
+                f"{where} [[stages]]: batch = {stage.batch}, wanted an even number: half of it is "
+                "decoded from z_r, half from z_t"
+            )
         fractions = {"same_frame": stage.same_frame, "cached_noise": stage.cached_noise,
                      "cached_from": stage.cached_from,
                      "true_keypoints_until": stage.true_keypoints_until}  # fmt: skip

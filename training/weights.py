@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from diffusionact.errors import SettingsError
+from diffusionact.files import write_whole
 from diffusionact.training.models import NetworkConfig, ReenactmentEncoder, SemanticEncoder, UNet
 
 FORMAT = "1"
@@ -102,13 +102,6 @@ def save_tensors(
         "provenance": json.dumps(dict(provenance)),
     }
     write_whole(Path(path), to_bytes(tensors, metadata))  # save_file's are for the owner alone
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Nothing; the file has this content, or what it had before."""
-    part_path = path.with_name(f".part-{path.name}")
-    part_path.write_bytes(content)
-    os.replace(part_path, path)
 
 
 def load(path: Path | str) -> Weights:

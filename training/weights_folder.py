@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from diffusionact.errors import SettingsError
+from diffusionact.files import write_whole
 from diffusionact.manifest import file_sha256
 from diffusionact.training.models.frozen import NETWORKS, FrozenNetwork
-from diffusionact.training.weights import write_whole
 
 MODEL_FILE = "diffusionact.safetensors"
 FLAME_FILE = "flame.npz"
