@@ -24,7 +24,7 @@ from diffusionact.errors import MediaError, SettingsError
 from diffusionact.evaluation import metrics
 from diffusionact.image import bgr_to_rgb, warp_crop
 from diffusionact.landmarks import Landmarks, Track, crop_matrix
-from diffusionact.runtime.clip import driver_motion, prepare_portrait, start_session
+from diffusionact.runtime.clip import driver_motion, prepare_portrait
 from diffusionact.runtime.media import FRAME_NS, open_reader
 from diffusionact.runtime.reenactor import Reenactor
 from diffusionact.runtime.source import Source
@@ -121,7 +121,7 @@ def reenact_clip(act: Reenactor, source: Source, driver: str | Path) -> Made:
     """
     reader = open_reader(driver)
     track = driver_motion(act, reader).track
-    start_session(act, source, track)
+    act.start_session(source, track)
     matrix, side = _fixed_crop(track, act), act.manifest.image_size
     seen, made, last = [], [], None
     for i, frame in enumerate(reader):

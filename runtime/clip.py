@@ -93,7 +93,7 @@ def run_clip(
     )
     with writer:  # opened before the long work: what cannot be written fails now
         motion = driver_motion(act, reader, progress and partial(progress, "track"))
-        start_session(act, source, motion.track)
+        act.start_session(source, motion.track)
         times = render_motion(act, source, motion, writer, progress and partial(progress, "render"))
     spent_s = time.monotonic() - begun_s
     return ClipReport(Path(output), len(motion.spans_ns), motion.seen(), spent_s, summarise(times))
@@ -166,16 +166,6 @@ def _find(act: Reenactor, frame: Frame) -> Landmarks | None:
         return act.tracker.track(frame.image_bgr)
     except NoFace:
         return None
-
-
-def start_session(act: Reenactor, source: Source, track: Track) -> None:
-    """Return nothing; motion starts anew, measured from the neutral face of the track. A single
-    picture has nothing to compare itself with: its pose and expression are taken as they are."""
-    retargeter = act.retargeter(source)
-    if len(track) > 1:
-        retargeter.calibrate(track[i] for i in range(len(track)))
-    else:
-        retargeter.reset(forget_neutral=True)
 
 
 def render_motion(

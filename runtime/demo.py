@@ -18,7 +18,7 @@ from diffusionact.condition import Drawing, draw_condition
 from diffusionact.errors import MediaError
 from diffusionact.landmarks import Landmarks, Track
 from diffusionact.progress import ProgressCallback
-from diffusionact.runtime.clip import driver_motion, prepare_portrait, start_session
+from diffusionact.runtime.clip import driver_motion, prepare_portrait
 from diffusionact.runtime.media import Image, VideoReader, open_reader
 from diffusionact.runtime.reenactor import Reenactor, Result
 from diffusionact.runtime.sheet import contact_sheet, fit_square, panels
@@ -62,7 +62,7 @@ def run_demo(
         raise MediaError(f"{reader.name}: the demo shows its driver; wanted a video")
     source = prepare_portrait(act, portrait or _first_portrait())
     track = driver_motion(act, reader).track
-    start_session(act, source, track)
+    act.start_session(source, track)
     video, sheet = folder / "demo.mp4", folder / "demo.png"
     with open_writer(sheet) as picture:
         times, moments = _film(act, source, reader, track, video, progress)

@@ -21,7 +21,7 @@ from diffusionact import manifest as manifest_file
 from diffusionact.condition import draw_condition
 from diffusionact.errors import NoFace, SettingsError
 from diffusionact.image import bgr_to_rgb, check_image, to_tensor, to_uint8, warp_crop
-from diffusionact.landmarks import Landmarks, crop_matrix
+from diffusionact.landmarks import Landmarks, Track, crop_matrix
 from diffusionact.manifest import Manifest
 from diffusionact.runtime.component import BACKENDS
 from diffusionact.runtime.loop import Loop, open_loop
@@ -256,6 +256,16 @@ class Reenactor:
         was held of a lost face is forgotten."""
         self._held = None
         return self._session(source)
+
+    def start_session(self, source: Source, track: Track) -> None:
+        """Return nothing; motion starts anew, measured from the neutral face of the track. A
+        single picture has nothing to compare itself with: its pose and expression are taken as
+        they are."""
+        retargeter = self.retargeter(source)
+        if len(track) > 1:
+            retargeter.calibrate(track[i] for i in range(len(track)))
+        else:
+            retargeter.reset(forget_neutral=True)
 
     def _session(self, source: Source) -> Retargeter:
         if self._retargeter is None or source is not self._source:

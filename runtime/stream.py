@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from diffusionact.runtime.clip import start_session
 from diffusionact.runtime.media import FRAME_NS, Frame, Reader, TrackReader
 from diffusionact.runtime.reenactor import Reenactor, Result
 from diffusionact.runtime.source import Source
@@ -86,13 +85,13 @@ def stream(
     """
     begun_s = time.monotonic()
     if isinstance(reader, TrackReader):
-        start_session(act, source, reader.track)
+        act.start_session(source, reader.track)
     else:
         act.retargeter(source).calibrate()
     frames: Slot[Frame] = Slot(newest_wins=reader.live)
     results: Slot[tuple[Frame, Result]] = Slot(newest_wins=False)
     log = _Log([], [])
-    workers = _Workers()
+    workers = Workers()
     with sink:
         workers.start("reader", lambda: _read(reader, frames, stop), frames.close)
         workers.start("sink", lambda: _write(results, sink, log), frames.close, results.close)
@@ -137,7 +136,7 @@ def _write(results: Slot[tuple[Frame, Result]], sink: Writer, log: _Log) -> None
         log.latency_ns.append(done_ns - frame.pts_ns)
 
 
-class _Workers:
+class Workers:
     """Threads whose first error is raised by `join`."""
 
     def __init__(self) -> None:

@@ -1,0 +1,76 @@
+"""`diffusionact build`: a bundle's engines."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from diffusionact.assets import bundle_path
+from diffusionact.commands.exits import DONE
+from diffusionact.commands.extras import extra
+from diffusionact.commands.model import counts, words
+from diffusionact.commands.output import say
+
+HELP = "A bundle -> TensorRT engines, for this GPU or for named ones."
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "bundle",
+        nargs="?",
+        default=bundle_path(),
+        metavar="BUNDLE",
+        help="(default: the shipped one)",
+    )
+    add(
+        "--gpu",
+        type=words,
+        default=(),
+        metavar="SM,...",
+        help="ahead of time, for GPUs such as sm_89,sm_120 (default: the one here)",
+    )
+    add("--precision", default="fp16", choices=("fp16", "fp32", "int8", "fp8"))
+    add("--calibration", type=Path, metavar="DIR", help="of 8 bits: see docs/engines.md")
+    add("--library", choices=("tensorrt", "tensorrt_rtx"), help="(default: what is installed)")
+    add(
+        "--level", type=int, default=3, metavar="N", help="0 is quick, 5 searches long (default: 3)"
+    )
+    add("--workspace", type=int, default=4096, metavar="MIB", help="scratch (default: 4096)")
+    add("--steps", type=counts, default=(), metavar="N,...", help="(default: the bundle's)")
+    add("--force", action="store_true", help="build what is valid again")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make engines of a bundle."""
+    from diffusionact.progress import StageProgress
+
+    with extra("build", "rtx"):
+        from diffusionact.engines.build import Settings, describe
+        from diffusionact.engines.build import build as build_engines
+        from diffusionact.engines.gpu import gpu_here
+
+        settings = Settings(
+            here=None if arguments.gpu else gpu_here(),
+            gpus=arguments.gpu,
+            library=arguments.library,
+            precision=arguments.precision,
+            level=arguments.level,
+            workspace_mib=arguments.workspace,
+            steps=arguments.steps,
+            force=arguments.force,
+            calibration=arguments.calibration,
+        )
+        with StageProgress("percent", quiet=arguments.quiet) as progress:
+            for built in build_engines(Path(arguments.bundle), settings, progress):
+                told = built.manifest
+                census = told.engine if told.engine is not None else told.network
+                parity = f"{told.parity.max_error:.1e}" if told.parity else "not run here"
+                text = (
+                    f"{'built' if built.new else 'valid':<7}{built.title:<18} "
+                    f"{told.key.precision}, {told.plan_bytes / 1e6:.1f} MB, {told.build_s:.1f} s, "
+                    f"{describe(census)}; parity {parity}; {built.path.name}"
+                )
+                say(arguments, {**dataclasses.asdict(built), "path": str(built.path)}, text)
+    return DONE

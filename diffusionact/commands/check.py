@@ -1,0 +1,34 @@
+"""`diffusionact check`: what works here, and what to do about the rest."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from diffusionact.assets import bundle_path
+from diffusionact.commands.exits import DONE, FAILED
+from diffusionact.commands.output import say
+
+HELP = "Versions, devices, backends, tracker, and a bundle's health."
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "bundle",
+        nargs="?",
+        default=bundle_path(),
+        metavar="BUNDLE",
+        help="(default: the shipped one)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Report what works here."""
+    from diffusionact.runtime.check import findings
+
+    passed = True
+    for finding in findings(Path(arguments.bundle)):
+        passed = passed and finding.passed is not False
+        mark = {True: "ok", False: "FAILED", None: "-"}[finding.passed]
+        say(arguments, vars(finding), f"{mark:<7}{finding.subject:<24} {finding.detail}")
+    return DONE if passed else FAILED

@@ -1,0 +1,70 @@
+"""The options of commands that move a face, and the reenactor that they describe."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from diffusionact.assets import bundle_path
+
+if TYPE_CHECKING:
+    from diffusionact.runtime.reenactor import Reenactor
+
+
+def model_options() -> argparse.ArgumentParser:
+    """Return the options that choose a bundle, its steps and where it runs."""
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--bundle",
+        default=bundle_path(),
+        metavar="DIR",
+        help="the model (default: the shipped one)",
+    )
+    options.add_argument(
+        "--steps",
+        type=steps,
+        metavar="N",
+        help="diffusion steps, or timesteps as 0,250,500 (default: the bundle's)",
+    )
+    options.add_argument("--device", default="auto", help="auto or cpu (default: auto)")
+    options.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
+    )
+    return options
+
+
+def load_reenactor(arguments: argparse.Namespace) -> Reenactor:
+    """Return the reenactor of `model_options` and of what the command adds to them."""
+    from diffusionact.runtime.reenactor import Reenactor, Settings
+
+    settings = Settings(
+        steps=arguments.steps,
+        threads=arguments.threads,
+        paste=not arguments.crop,
+        smoothing=arguments.smoothing,
+        absolute_pose=arguments.absolute_pose,
+        tracker=arguments.tracker,
+        compat=arguments.compat,
+    )
+    return Reenactor.load(arguments.bundle, device=arguments.device, settings=settings)
+
+
+def steps(text: str) -> int | tuple[int, ...]:
+    """Return a count, or the timesteps themselves. Raises: argparse.ArgumentTypeError."""
+    try:
+        numbers = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        message = f"{text!r}; wanted a count such as 8, or timesteps such as 0,250,500"
+        raise argparse.ArgumentTypeError(message) from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Return what stands between commas."""
+    return tuple(word for word in text.split(",") if word)
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Return the numbers between commas. Raises: argparse.ArgumentTypeError."""
+    numbers = steps(text)
+    return numbers if isinstance(numbers, tuple) else (numbers,)

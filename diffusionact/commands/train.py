@@ -1,0 +1,52 @@
+"""`diffusionact train`: weights from a recipe."""
+
+from __future__ import annotations
+
+import argparse
+
+from diffusionact.commands.exits import DONE
+from diffusionact.commands.extras import extra
+from diffusionact.commands.output import say
+
+HELP = "Train what a recipe says."
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE.toml")
+    add("--resume", action="store_true", help="go on from the run's last checkpoint")
+    add(
+        "--finish",
+        action="store_true",
+        help="write the weights of the run's last checkpoint, and train no further",
+    )
+    add("-o", "--output", metavar="DIR", help="the run's folder (default: runs/NAME)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.set_defaults(log="info")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train what a recipe says, rendering its faces first where they are not there yet."""
+    with extra("train"):
+        from diffusionact.training.config import load_recipe
+        from diffusionact.training.data import render_pool
+        from diffusionact.training.loop import finish_early
+        from diffusionact.training.loop import train as train_recipe
+
+        if arguments.finish:
+            path = finish_early(arguments.recipe, out=arguments.output)
+            say(arguments, {"weights": str(path)}, f"wrote {path}")
+            return DONE
+        pool = load_recipe(arguments.recipe).pool
+        render_pool(
+            pool.folder,
+            identities=pool.identities,
+            frames=pool.frames,
+            size=pool.size,
+            seed=pool.seed,
+        )
+        folder = train_recipe(
+            arguments.recipe, resume=arguments.resume, out=arguments.output, device=arguments.device
+        )
+    say(arguments, {"run": str(folder)}, f"the run is in {folder}")
+    return DONE
