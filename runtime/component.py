@@ -17,8 +17,10 @@ from diffusionact.manifest import Manifest, TensorSpec
 Array: TypeAlias = npt.NDArray[Any]
 
 # backend -> the module that opens it; a new backend is a module and a line here. A module has
-# DEVICES, the best first, and open_model(path, inputs, outputs, device, threads) -> Component.
+# DEVICES and PRECISIONS, the best first (precisions: of those that work on this machine), and
+# open_model(path, inputs, outputs, device, threads, precision) -> Component.
 BACKENDS: Mapping[str, str] = {"ort": "diffusionact.runtime.ort"}
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")  # all that any backend may have
 
 
 class Component(Protocol):
@@ -49,16 +51,18 @@ def open_component(
     *,
     backend: str = "ort",
     device: str = "cpu",
+    precision: str = "auto",
     threads: int = 0,
     sizes: Mapping[str, int] | None = None,
 ) -> Component:
     """Return component `name` of the bundle, or of its tracker, opened but not bound.
 
-    device: "auto" takes the backend's best; threads: 0 leaves the number to the backend;
-    sizes: what the manifest's named sizes are in this run, such as {"N": steps}.
+    device, precision: "auto" takes the backend's best; threads: 0 leaves the number to the
+    backend; sizes: what the manifest's named sizes are in this run, such as {"N": steps}.
 
-    Raises: SettingsError for an unknown backend, BackendMissing when its library is not installed,
-    DeviceError for a device it cannot use, BundleError when the model is not as the manifest says.
+    Raises: SettingsError for an unknown backend or a precision it lacks here, BackendMissing when
+    its library is not installed, DeviceError for a device it cannot use, BundleError when the
+    model is not as the manifest says.
     """
     if backend not in BACKENDS:
         raise SettingsError(f"backend {backend!r} is not known; choose from: {', '.join(BACKENDS)}")
@@ -75,10 +79,21 @@ def open_component(
             f"backend {backend!r} runs on {', '.join(module.DEVICES)}, not on {chosen!r}; "
             f"choose one of these, or 'auto'"
         )
+    rounding = module.PRECISIONS[0] if precision == "auto" else precision
+    if rounding not in module.PRECISIONS:
+        raise SettingsError(
+            f"backend {backend!r} computes in {', '.join(module.PRECISIONS)} on this machine, not "
+            f"in {rounding!r}; choose one of these, or 'auto'"
+        )
     spec = parts[name]
     inputs, outputs = (fixed(specs, sizes or {}) for specs in (spec.inputs, spec.outputs))
     component: Component = module.open_model(
-        bundle_dir / spec.file, inputs, outputs, device=chosen, threads=threads
+        bundle_dir / spec.file,
+        inputs,
+        outputs,
+        device=chosen,
+        threads=threads,
+        precision=rounding,
     )
     return component
 

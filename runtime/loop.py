@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusionact import schedule
+from diffusionact.engine_files import ONCE
 from diffusionact.manifest import Manifest, TensorSpec
 from diffusionact.runtime.component import Component, open_component
 from diffusionact.schedule import Run, Step
@@ -149,11 +150,14 @@ def open_loop(
     steps: int | Sequence[int] | None = None,
     backend: str = "ort",
     device: str = "auto",
+    precision: str = "auto",
     threads: int = 0,
 ) -> Loop:
     """Return the loop of a bundle.
 
-    steps: of render, a count or the timesteps themselves; None takes the manifest's choice.
+    steps: of render, a count or the timesteps themselves; None takes the manifest's choice;
+    backend, precision: as of open_component, which knows no choice between backends; for that see
+    runtime/choice.py.
 
     Raises: what open_component raises, and SettingsError for steps that no schedule gives.
     """
@@ -165,6 +169,7 @@ def open_loop(
             name,
             backend=backend,
             device=device,
+            precision="fp32" if name in ONCE else precision,
             threads=threads,
             sizes={"N": count},
         )

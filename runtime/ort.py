@@ -23,6 +23,7 @@ except ImportError as error:  # pragma: no cover - the product's own dependency
 Array: TypeAlias = npt.NDArray[Any]
 
 DEVICES = ("cpu",)
+PRECISIONS = ("fp32",)
 _TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -64,10 +65,13 @@ def open_model(
     *,
     device: str,
     threads: int,
+    precision: str,
 ) -> OrtComponent:
     """Return the model of an .onnx file, held to its specs.
 
-    threads: 0 means one for each physical core. Raises: BundleError.
+    threads: 0 means one for each physical core; precision: the graph's own, "fp32".
+
+    Raises: BundleError.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -23,7 +23,8 @@ from diffusionact.errors import NoFace, SettingsError
 from diffusionact.image import bgr_to_rgb, check_image, to_tensor, to_uint8, warp_crop
 from diffusionact.landmarks import Landmarks, Track, crop_matrix
 from diffusionact.manifest import Manifest
-from diffusionact.runtime.component import BACKENDS
+from diffusionact.runtime.choice import choose
+from diffusionact.runtime.component import BACKENDS, PRECISIONS
 from diffusionact.runtime.loop import Loop, open_loop
 from diffusionact.runtime.published.ranges import stretched_uint8
 from diffusionact.runtime.published.tracker import PublishedTracker
@@ -51,7 +52,8 @@ class Settings:
     """What a caller may choose; everything else is in the bundle's manifest."""
 
     steps: int | tuple[int, ...] | None = None  # of render: a count, timesteps, or the bundle's
-    backend: str = "ort"
+    backend: str = "auto"  # the fastest here, by measurement (runtime/choice.py)
+    precision: str = "auto"  # the fastest that is as good as fp32 to the eye; or its name
     threads: int = 0  # 0: one for each physical core
     paste: bool = True  # into the portrait; otherwise Result.frame is the bare crop
     smoothing: float = 1.0  # of the driver's motion: 0 is off, 2 twice as strong
@@ -60,10 +62,13 @@ class Settings:
     compat: Literal["published"] | None = None  # the authors' surprises, docs/compatibility.md
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            raise SettingsError(
-                f"backend {self.backend!r} is not known; choose from: {', '.join(BACKENDS)}"
-            )
+        for what, seen, known in (
+            ("backend", self.backend, BACKENDS),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if seen != "auto" and seen not in known:
+                choices = ", ".join(("auto", *known))
+                raise SettingsError(f"{what} {seen!r} is not known; choose from: {choices}")
         if self.threads < 0:
             raise SettingsError(f"threads={self.threads}; wanted 0 (one a core) or more")
         if not self.smoothing >= 0.0:
@@ -130,12 +135,21 @@ class Reenactor:
         settings = settings or Settings()
         bundle_dir = Path(bundle)
         manifest = manifest_file.read(bundle_dir)
+        chosen = choose(
+            bundle_dir,
+            manifest,
+            backend=settings.backend,
+            precision=settings.precision,
+            device=device,
+            threads=settings.threads,
+        )
         loop = open_loop(
             bundle_dir,
             manifest,
             steps=settings.steps,
-            backend=settings.backend,
+            backend=chosen.backend,
             device=device,
+            precision=chosen.precision,
             threads=settings.threads,
         )
         opener = partial(
@@ -144,7 +158,7 @@ class Reenactor:
             manifest,
             settings.tracker,
             published=settings.compat == "published",
-            backend=settings.backend,
+            backend=chosen.backend,
             device=device,
             threads=settings.threads,
         )

@@ -164,6 +164,7 @@ def test_a_backend_is_found_by_one_line_in_the_table(
 ) -> None:
     class Nothing:
         DEVICES = ("null",)
+        PRECISIONS = ("fp16", "fp32")
 
         @staticmethod
         def open_model(
@@ -173,15 +174,20 @@ def test_a_backend_is_found_by_one_line_in_the_table(
             *,
             device: str,
             threads: int,
-        ) -> tuple[str, str, int]:
-            return path.name, device, threads
+            precision: str,
+        ) -> tuple[str, str, int, str]:
+            return path.name, device, threads, precision
 
     monkeypatch.setitem(sys.modules, "null_backend", Nothing)
     monkeypatch.setattr(component, "BACKENDS", {"null": "null_backend"})
     seen: Any = open_component(
         toy_bundle, manifest, "encoder", backend="null", device="auto", threads=3
     )
-    assert seen == ("encoder.onnx", "null", 3)
+    assert seen == ("encoder.onnx", "null", 3, "fp16")
+    with pytest.raises(SettingsError, match="'null' computes in fp16, fp32 .*not in 'int8'"):
+        open_component(
+            toy_bundle, manifest, "encoder", backend="null", device="null", precision="int8"
+        )
 
 
 def test_a_damaged_bundle_is_caught_by_its_hash(toy_bundle: Path, tmp_path: Path) -> None:

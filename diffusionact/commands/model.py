@@ -28,6 +28,14 @@ def model_options() -> argparse.ArgumentParser:
     )
     options.add_argument("--device", default="auto", help="auto or cpu (default: auto)")
     options.add_argument(
+        "--backend", default="auto", help="auto, or the name of one, such as ort (default: auto)"
+    )
+    options.add_argument(
+        "--precision",
+        default="auto",
+        help="auto, or one that the backend has here, such as fp32 (default: auto)",
+    )
+    options.add_argument(
         "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
     )
     return options
@@ -39,6 +47,8 @@ def load_reenactor(arguments: argparse.Namespace) -> Reenactor:
 
     settings = Settings(
         steps=arguments.steps,
+        backend=arguments.backend,
+        precision=arguments.precision,
         threads=arguments.threads,
         paste=not arguments.crop,
         smoothing=arguments.smoothing,
