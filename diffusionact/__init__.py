@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from diffusionact.landmarks import Landmarks, Track
     from diffusionact.runtime.media import open_reader
     from diffusionact.runtime.reenactor import Reenactor, Result, Settings
+    from diffusionact.runtime.session import Session
     from diffusionact.runtime.source import Source
     from diffusionact.runtime.stream import StreamReport, stream
     from diffusionact.runtime.writer import open_writer
@@ -45,6 +46,7 @@ __all__ = [
     "NoFace",
     "Reenactor",
     "Result",
+    "Session",
     "Settings",
     "SettingsError",
     "Source",
@@ -68,6 +70,7 @@ _MODULES = {
     "landmarks": ("Landmarks", "Track"),
     "runtime.media": ("open_reader",),
     "runtime.reenactor": ("Reenactor", "Result", "Settings"),
+    "runtime.session": ("Session",),
     "runtime.source": ("Source",),
     "runtime.stream": ("StreamReport", "stream"),
     "runtime.writer": ("open_writer",),

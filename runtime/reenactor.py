@@ -29,6 +29,7 @@ from diffusionact.runtime.loop import Loop, open_loop
 from diffusionact.runtime.published.ranges import stretched_uint8
 from diffusionact.runtime.published.tracker import PublishedTracker
 from diffusionact.runtime.retarget import Retargeter, RetargetSettings
+from diffusionact.runtime.session import Session
 from diffusionact.runtime.source import Source
 from diffusionact.runtime.timing import StopWatch
 from diffusionact.runtime.tracker import (
@@ -114,9 +115,7 @@ class Reenactor:
         side = manifest.image_size
         self._canvas = np.zeros((side, side, 3), np.uint8)
         self._condition = np.zeros((1, 3, side, side), np.float32)
-        self._source: Source | None = None
-        self._retargeter: Retargeter | None = None
-        self._held: Landmarks | None = None  # the last drawing from face codes
+        self._session: Session | None = None  # of the one user who names no session
 
     @classmethod
     def load(
@@ -199,15 +198,35 @@ class Reenactor:
         in_crop = replace(landmarks.transformed(matrix), codes=None)
         return self._source_of(portrait_bgr, crop, in_crop, matrix)
 
+    def session(self, source: Source) -> Session:
+        """Return a session of its own on this source: its motion is no other session's.
+
+        Raises: SettingsError for a source of other weights.
+        """
+        source.check_made_by(self.manifest.weights_sha256)
+        settings = RetargetSettings(
+            absolute_pose=self.settings.absolute_pose,
+            # The expressions of the rendered face are all that such a model has seen; one trained
+            # on people follows the driver's points themselves.
+            expression="model" if self._synthetic else "free",
+            smoothing=self.settings.smoothing,
+            pose_range_deg=_pose_range_deg(self.manifest),
+        )
+        return Session(source, settings, lambda: self.tracker)
+
     def reenact(
-        self, driver: UInt8Array | Landmarks | None, source: Source, pts_ns: int | None = None
+        self,
+        driver: UInt8Array | Landmarks | None,
+        source: Source | Session,
+        pts_ns: int | None = None,
     ) -> Result:
         """Return the portrait with the driver's motion.
 
         driver: a picture, uint8 [H,W,3] BGR, or its landmarks in its own px, or None where no
-        face was seen (as points that are no face, or not finite); pts_ns: the frame's time, for smoothing. While no face is seen the portrait
-        holds its last motion, then eases to rest. Motion is relative to the session's neutral
-        face; another source starts another session.
+        face was seen (as points that are no face, or not finite); source: or a session on it;
+        pts_ns: the frame's time, for smoothing. While no face is seen the portrait holds its last
+        motion, then eases to rest. Motion is relative to the session's neutral face; a source
+        without a session has one of its own until another source comes.
 
         Raises: MediaError for no picture, SettingsError for a source of other weights.
         """
@@ -215,26 +234,16 @@ class Reenactor:
         if isinstance(driver, np.ndarray):
             driver = self._track(driver)
             watch.lap("track")
-        target = self.target(driver, source, pts_ns)
+        session = self._session_of(source)
+        target = session.target(driver, pts_ns)
         watch.lap("retarget")
-        return self._render(target, source, watch, driver is not None and driver.is_face)
+        return self._render(target, session.source, watch, driver is not None and driver.is_face)
 
     def target(
-        self, driver: Landmarks | None, source: Source, pts_ns: int | None = None
+        self, driver: Landmarks | None, source: Source | Session, pts_ns: int | None = None
     ) -> Landmarks:
-        """Return the landmarks to draw for a driver, crop px; arguments as of `reenact`.
-
-        Where both faces carry codes, these are the source's shape with all else of the driver, and
-        the last ones while no face is seen; else the driver's motion is retargeted.
-        """
-        retargeter = self._session(source)
-        coded = source.landmarks.codes is not None and (driver is None or driver.codes is not None)
-        tracker = self.tracker if coded else None
-        if not isinstance(tracker, PublishedTracker):
-            return retargeter.target(driver, pts_ns)
-        if driver is not None and driver.is_face:
-            self._held = tracker.mixed(source.landmarks, driver)
-        return source.landmarks if self._held is None else self._held
+        """Return the landmarks to draw for a driver, crop px; see `Session.target`."""
+        return self._session_of(source).target(driver, pts_ns)
 
     def render(self, target: Landmarks, source: Source) -> Result:
         """Return the portrait with exactly these landmarks, given in crop px: no retargeting.
@@ -268,36 +277,20 @@ class Reenactor:
     def retargeter(self, source: Source) -> Retargeter:
         """Return the session's retargeter for this source, to calibrate or recalibrate it; what
         was held of a lost face is forgotten."""
-        self._held = None
-        return self._session(source)
+        session = self._session_of(source)
+        session.forget()
+        return session.retargeter
 
     def start_session(self, source: Source, track: Track) -> None:
-        """Return nothing; motion starts anew, measured from the neutral face of the track. A
-        single picture has nothing to compare itself with: its pose and expression are taken as
-        they are."""
-        retargeter = self.retargeter(source)
-        if len(track) > 1:
-            retargeter.calibrate(track[i] for i in range(len(track)))
-        else:
-            retargeter.reset(forget_neutral=True)
+        """Return nothing; motion starts anew, measured from the track: see `Session.start`."""
+        self._session_of(source).start(track)
 
-    def _session(self, source: Source) -> Retargeter:
-        if self._retargeter is None or source is not self._source:
-            self._held = None
-            source.check_made_by(self.manifest.weights_sha256)
-            self._source = source
-            self._retargeter = Retargeter(
-                source.landmarks,
-                RetargetSettings(
-                    absolute_pose=self.settings.absolute_pose,
-                    # The expressions of the rendered face are all that such a model has seen; one
-                    # trained on people follows the driver's points themselves.
-                    expression="model" if self._synthetic else "free",
-                    smoothing=self.settings.smoothing,
-                    pose_range_deg=_pose_range_deg(self.manifest),
-                ),
-            )
-        return self._retargeter
+    def _session_of(self, source: Source | Session) -> Session:
+        if isinstance(source, Session):
+            return source
+        if self._session is None or source is not self._session.source:
+            self._session = self.session(source)
+        return self._session
 
     @property
     def tracker(self) -> Tracker:
@@ -310,7 +303,7 @@ class Reenactor:
         """Return nothing; the tracker is closed and the session forgotten."""
         if self._tracker is not None:
             self._tracker.close()
-        self._tracker = self._source = self._retargeter = self._held = None
+        self._tracker = self._session = None
 
     def __enter__(self) -> Reenactor:
         return self
