@@ -17,9 +17,12 @@ from diffusionact.manifest import Manifest, TensorSpec
 Array: TypeAlias = npt.NDArray[Any]
 
 # backend -> the module that opens it; a new backend is a module and a line here. A module has
-# DEVICES and PRECISIONS, the best first (precisions: of those that work on this machine), and
-# open_model(path, inputs, outputs, device, threads, precision) -> Component.
-BACKENDS: Mapping[str, str] = {"ort": "diffusionact.runtime.ort"}
+# DEVICES and PRECISIONS, the best first (precisions: of those that work on this machine, by device
+# where they differ), and open_model(path, inputs, outputs, device, threads, precision) -> Component.
+BACKENDS: Mapping[str, str] = {
+    "ort": "diffusionact.runtime.ort",
+    "torch": "diffusionact.runtime.torch",
+}
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")  # all that any backend may have
 
 
@@ -79,10 +82,11 @@ def open_component(
             f"backend {backend!r} runs on {', '.join(module.DEVICES)}, not on {chosen!r}; "
             f"choose one of these, or 'auto'"
         )
-    rounding = module.PRECISIONS[0] if precision == "auto" else precision
-    if rounding not in module.PRECISIONS:
+    known = precisions(module, chosen)
+    rounding = known[0] if precision == "auto" else precision
+    if rounding not in known:
         raise SettingsError(
-            f"backend {backend!r} computes in {', '.join(module.PRECISIONS)} on this machine, not "
+            f"backend {backend!r} computes in {', '.join(known)} on this machine, not "
             f"in {rounding!r}; choose one of these, or 'auto'"
         )
     spec = parts[name]
@@ -96,6 +100,12 @@ def open_component(
         precision=rounding,
     )
     return component
+
+
+def precisions(module: Any, device: str) -> tuple[str, ...]:
+    """Return the precisions of a backend's module on a device, the best first."""
+    listed: Mapping[str, tuple[str, ...]] | tuple[str, ...] = module.PRECISIONS
+    return listed[device] if isinstance(listed, Mapping) else listed
 
 
 def fixed(specs: Iterable[TensorSpec], sizes: Mapping[str, int]) -> dict[str, TensorSpec]:
