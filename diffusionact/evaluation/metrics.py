@@ -22,6 +22,7 @@ Float = NDArray[np.float64]
 SSIM_SIGMA = 1.5
 SSIM_RADIUS = 5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
+LUMA_BGR = np.array([0.114, 0.587, 0.299])
 
 
 def psnr(reference: ArrayLike, image: ArrayLike, data_range: float = 255.0) -> float:
@@ -141,6 +142,56 @@ def gaze_error(
     return _mean(np.linalg.norm(seen - wanted, axis=-1))
 
 
+def cosine_similarity(a: ArrayLike, b: ArrayLike) -> float:
+    """The likeness of two identities: the cosine of the angle between their embeddings (CSIM).
+
+    a.b / (|a| |b|). -1 to 1 (one identity); higher is better. NaN where either is zero.
+
+    a, b: [E], embeddings of a face recognition network; the tables' is ArcFace
+    Raises: SettingsError when the lengths differ.
+    Source: Deng et al. 2019, ArcFace; CSIM of Zakharov et al. 2019, section 4.
+    """
+    x, y = _pair(a, b)
+    length = math.sqrt(float(np.dot(x, x)) * float(np.dot(y, y)))
+    return float(np.clip(np.dot(x, y) / length, -1, 1)) if length > 0 else math.nan
+
+
+def expression_error(expression: ArrayLike, reference: ArrayLike) -> float:
+    """The mean absolute difference of expression coefficients, in the face model's own units.
+
+    mean_k |e_k - r_k|. 0 upwards; lower is better. Figures of two face models, or of two readers
+    of one model, cannot be compared.
+
+    expression, reference: [E] coefficients
+    Source: average expression distance (AED) of the reenactment papers.
+    Raises: SettingsError when the lengths differ.
+    """
+    a, b = _pair(reference, expression)
+    return _mean(np.abs(a - b))
+
+
+def brightness_shift(reference: ArrayLike, image: ArrayLike, data_range: float = 255.0) -> float:
+    """How much brighter a picture is than another: the difference of their mean luma, as a
+    fraction of the range.
+
+    (Y(image) - Y(reference)) / data_range, Y the mean of 0.299 R + 0.587 G + 0.114 B. -1 to 1,
+    positive when brighter; 0 is best. Of BGR pictures, as OpenCV reads them.
+
+    reference, image: [H,W,3] BGR or [H,W]; their sizes may differ
+    Source: ITU-R BT.601 luma. What the paper's figure on brightness measures is not stated as a
+    formula in any source that could be read; this is our definition.
+    """
+    return (mean_luma(image) - mean_luma(reference)) / data_range
+
+
+def mean_luma(image: ArrayLike) -> float:
+    """The mean of 0.299 R + 0.587 G + 0.114 B over a picture, in its own units.
+
+    image: [H,W,3] BGR or [H,W]. Source: ITU-R BT.601.
+    """
+    return float(_luma(image).mean())
+
+
 def pose_error(pose: ArrayLike, reference: ArrayLike) -> float:
     """The mean absolute difference of the head's angles, in degrees.
 
@@ -211,6 +262,11 @@ def gap_closed(copy: float, ours: float, oracle: float) -> float:
     the source; 1: as good as the oracle; NaN when the yardsticks agree.
     """
     return math.nan if copy == oracle else (copy - ours) / (copy - oracle)
+
+
+def _luma(image: ArrayLike) -> Float:
+    a = np.asarray(image, np.float64)
+    return a @ LUMA_BGR if a.ndim == 3 else a
 
 
 def _pair(reference: ArrayLike, image: ArrayLike) -> tuple[Float, Float]:
