@@ -168,13 +168,14 @@ class Reenactor:
         portrait_bgr: UInt8Array,
         face: int | None = None,
         landmarks: Landmarks | None = None,
+        x_T: Float32Array | None = None,
     ) -> Source:
         """Return the portrait made ready: crop, landmarks, and x_T by inversion.
 
         portrait_bgr: uint8 [H,W,3]; face: which of several, from 1; landmarks: of the face, in
-        portrait px, when they are known and no tracker is wanted. A portrait without known
-        landmarks counts as a photo, which a model of rendered faces was not trained on: a warning
-        is logged.
+        portrait px, when they are known and no tracker is wanted; x_T: float32 [1,3,S,S], when it
+        is known and no inversion is wanted. A portrait without known landmarks counts as a photo,
+        which a model of rendered faces was not trained on: a warning is logged.
 
         Raises: MediaError for no picture, NoFace, SettingsError, BackendMissing.
         Source: DiffusionAct, inversion with the source's own z.
@@ -182,7 +183,7 @@ class Reenactor:
         check_image(portrait_bgr, "portrait")
         if landmarks is None and isinstance(self.tracker, PublishedTracker):
             made = self.tracker.portrait(portrait_bgr, face)
-            return self._source_of(portrait_bgr, made.crop, made.landmarks, made.matrix)
+            return self._source_of(portrait_bgr, made.crop, made.landmarks, made.matrix, x_T)
         if landmarks is None:
             landmarks = portrait_face(self.tracker.detect(portrait_bgr), face)
             self._warn_of_photo()
@@ -196,7 +197,7 @@ class Reenactor:
         crop = warp_crop(bgr_to_rgb(portrait_bgr), matrix, side)
         # The landmarks drawn are the picture's own, not those of codes: these are forgotten.
         in_crop = replace(landmarks.transformed(matrix), codes=None)
-        return self._source_of(portrait_bgr, crop, in_crop, matrix)
+        return self._source_of(portrait_bgr, crop, in_crop, matrix, x_T)
 
     def session(self, source: Source) -> Session:
         """Return a session of its own on this source: its motion is no other session's.
@@ -322,9 +323,10 @@ class Reenactor:
         crop: UInt8Array,
         landmarks: Landmarks,
         matrix: npt.NDArray[np.float64],
+        x_T: Float32Array | None,
     ) -> Source:
-        image = to_tensor(crop)
-        x_T = self.invert(image, self._draw(landmarks))
+        if x_T is None:
+            x_T = self.invert(to_tensor(crop), self._draw(landmarks))
         sha256 = self.manifest.weights_sha256
         return Source(portrait_bgr.copy(), crop, landmarks, matrix, x_T, sha256)
 

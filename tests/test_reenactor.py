@@ -93,6 +93,15 @@ def test_prepare_and_render_are_the_stages_in_their_order(
     assert result.frame.shape == picture.shape and result.landmarks is target
 
 
+def test_a_known_x_T_is_taken_and_nothing_is_inverted(
+    act: Reenactor, source: Source, portrait: Portrait, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(act._loop, "invert", None)
+    picture, face = portrait
+    again = act.prepare(picture, landmarks=face, x_T=source.x_T)
+    assert again.x_T is source.x_T and np.array_equal(again.crop, source.crop)
+
+
 def test_reenact_moves_the_face_and_times_its_stages(
     act: Reenactor, source: Source, portrait: Portrait
 ) -> None:
