@@ -123,8 +123,11 @@ def fixed(specs: Iterable[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Te
     return known
 
 
-def check_bound(specs: Mapping[str, TensorSpec], arrays: Mapping[str, Array]) -> None:
-    """Return nothing when `arrays` are just what `specs` describe, each in C order.
+def check_bound(
+    specs: Mapping[str, TensorSpec], arrays: Mapping[str, Any], device: str = "cpu"
+) -> None:
+    """Return nothing when `arrays` are just what `specs` describe, each in C order, in the memory
+    of the device: NumPy's on the CPU, else anything with a `__cuda_array_interface__`.
 
     Raises: SettingsError naming the first tensor that is not.
     """
@@ -132,10 +135,15 @@ def check_bound(specs: Mapping[str, TensorSpec], arrays: Mapping[str, Array]) ->
         raise SettingsError(f"bound {sorted(arrays)}; wanted {sorted(specs)}, all of them")
     for name, spec in specs.items():
         array = arrays[name]
-        if array.shape != spec.shape or array.dtype != np.dtype(spec.dtype):
+        if isinstance(array, np.ndarray) != (device == "cpu"):
+            raise SettingsError(
+                f"tensor {name!r} is a {type(array).__name__}; wanted memory of {device!r}"
+            )
+        if tuple(array.shape) != spec.shape or array.dtype != np.dtype(spec.dtype):
             raise SettingsError(
                 f"tensor {name!r} is {array.dtype} {list(array.shape)}; "
                 f"wanted {spec.dtype} {list(spec.shape)}"
             )
-        if not array.flags.c_contiguous:
+        strides = None if device == "cpu" else array.__cuda_array_interface__.get("strides")
+        if strides is not None or (device == "cpu" and not array.flags.c_contiguous):
             raise SettingsError(f"tensor {name!r} is not contiguous; wanted C order")

@@ -83,7 +83,7 @@ class TorchComponent:
         self._wanted: tuple[Tensor, ...] = ()
 
     def bind(self, **arrays: Array) -> None:
-        check_bound({**self.inputs, **self.outputs}, arrays)
+        check_bound({**self.inputs, **self.outputs}, arrays, self._lane.device)
         self._arrays = arrays  # kept alive: the tensors hold bare addresses
         tensors = {name: self._lane.tensor(array) for name, array in arrays.items()}
         self._given = tuple(tensors[name] for name in self.inputs)
@@ -105,7 +105,7 @@ class _Lane:
     """
 
     def __init__(self, device: str, stream: int | None) -> None:
-        self._device = device
+        self.device = device
         if device == "cuda":
             cuda: Any = torch.cuda  # its classes are without types
             self._stream = cuda.ExternalStream(stream) if stream else cuda.Stream()
@@ -113,13 +113,13 @@ class _Lane:
 
     def tensor(self, array: Array) -> Tensor:
         """Return the same memory as a tensor."""
-        if self._device == "cpu":
+        if self.device == "cpu":
             return torch.from_numpy(array)
         return torch.as_tensor(array, device="cuda")
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        if self._device == "cpu":
+        if self.device == "cpu":
             yield
             return
         with ExitStack() as stack:
