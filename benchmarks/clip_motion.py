@@ -24,8 +24,9 @@ from diffusionact.errors import MediaError, SettingsError
 from diffusionact.evaluation import metrics
 from diffusionact.image import bgr_to_rgb, warp_crop
 from diffusionact.landmarks import Landmarks, Track, crop_matrix
-from diffusionact.runtime.clip import driver_motion, prepare_portrait
+from diffusionact.runtime.clip import prepare_portrait
 from diffusionact.runtime.media import FRAME_NS, open_reader
+from diffusionact.runtime.motion import driver_motion
 from diffusionact.runtime.reenactor import Reenactor
 from diffusionact.runtime.source import Source
 from diffusionact.training.models.judge import Judge, Reading, load_judge

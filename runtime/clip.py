@@ -8,31 +8,33 @@ grow with the pictures.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from diffusionact.errors import MediaError, NoFace, SettingsError
-from diffusionact.landmarks import Landmarks, Track, invert_affine, sidecar_path
+from diffusionact.errors import MediaError, SettingsError
+from diffusionact.landmarks import Landmarks, invert_affine, sidecar_path
 from diffusionact.progress import ProgressCallback, StageCallback
+from diffusionact.runtime.ahead import write_behind
 from diffusionact.runtime.media import (
     IMAGE_SUFFIXES,
     TRACK_SUFFIX,
     FolderReader,
-    Frame,
+    Image,
     Reader,
-    TrackReader,
     VideoReader,
     open_reader,
     read_image,
 )
+from diffusionact.runtime.motion import Motion, driver_motion
 from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.session import Session
 from diffusionact.runtime.sidecar import Sidecar
 from diffusionact.runtime.source import Source
 from diffusionact.runtime.timing import StageTimes, StopWatch, summarise
-from diffusionact.runtime.writer import Writer, make_track, open_writer
+from diffusionact.runtime.writer import Writer, open_writer
 
 PathLike: TypeAlias = "str | Path"
 
@@ -47,20 +49,6 @@ class ClipReport:
     seen: int
     seconds: float
     times: Mapping[str, StageTimes]
-
-
-@dataclass(frozen=True)
-class Motion:
-    """A driver's track, for how long each of its frames shows, and what finding it took:
-    times: per frame, stage -> nanoseconds, "read" and "track"."""
-
-    track: Track
-    spans_ns: tuple[int, ...]
-    times: tuple[Mapping[str, int], ...]
-
-    def seen(self) -> int:
-        """Return the number of frames that have a face."""
-        return sum(self.track[i] is not None for i in range(len(self.track)))
 
 
 def run_clip(
@@ -93,8 +81,11 @@ def run_clip(
     )
     with writer:  # opened before the long work: what cannot be written fails now
         motion = driver_motion(act, reader, progress and partial(progress, "track"))
-        act.start_session(source, motion.track)
-        times = render_motion(act, source, motion, writer, progress and partial(progress, "render"))
+        session = act.session(source)
+        session.start(motion.track)
+        times = render_motion(
+            act, session, motion, writer, progress and partial(progress, "render")
+        )
     spent_s = time.monotonic() - begun_s
     return ClipReport(Path(output), len(motion.spans_ns), motion.seen(), spent_s, summarise(times))
 
@@ -113,89 +104,64 @@ def prepare_portrait(act: Reenactor, portrait: PathLike, face: int | None = None
     return act.prepare(image, landmarks=landmarks)
 
 
-def driver_motion(
-    act: Reenactor, reader: Reader, progress: ProgressCallback | None = None
-) -> Motion:
-    """Return the landmarks of every frame of a driver, with the frames' own times: from a track
-    beside its file, NAME.landmarks.npz, where there is one, else by the tracker.
-
-    Raises: MediaError for a track of another file, NoFace when no frame has a face, BackendMissing.
-    """
-    file = _single_file(reader)
-    known = None if file is None else Sidecar.beside(file)
-    faces: list[Landmarks | None] = []
-    pts_ns, spans_ns, times = [], [], []
-    size = reader.track.size if isinstance(reader, TrackReader) else (0, 0)
-    watch = StopWatch()
-    for frame in reader:
-        watch.lap("read")
-        if frame.image_bgr is not None:
-            size = (frame.image_bgr.shape[1], frame.image_bgr.shape[0])
-        faces.append(None if known is not None else _find(act, frame))
-        watch.lap("track")
-        pts_ns.append(frame.pts_ns)
-        spans_ns.append(frame.duration_ns)
-        times.append(watch.times)
-        if progress is not None:  # a file's header may promise another number
-            progress(len(faces), reader.length and max(reader.length, len(faces)))
-        watch = StopWatch()
-    if progress is not None:
-        progress(len(faces), len(faces))
-    if known is not None:
-        faces = known.faces(len(faces), size)
-    motion = Motion(make_track(faces, pts_ns, size), tuple(spans_ns), tuple(times))
-    if not motion.seen():
-        raise NoFace(
-            f"{reader.name}: no face in any of its {len(faces)} frames; wanted a face at least 60 "
-            "pixels wide, seen from the front, or, in a landmark track, 68 points and both irises"
-        )
-    return motion
-
-
-def _single_file(reader: Reader) -> Path | None:
-    """The one file of a reader of pictures, beside which a track may lie."""
-    if isinstance(reader, FolderReader) and len(reader.paths) == 1:
-        return reader.paths[0]
-    return reader.path if isinstance(reader, VideoReader) else None
-
-
-def _find(act: Reenactor, frame: Frame) -> Landmarks | None:
-    if frame.image_bgr is None:
-        return frame.landmarks
-    try:
-        return act.tracker.track(frame.image_bgr)
-    except NoFace:
-        return None
-
-
 def render_motion(
     act: Reenactor,
-    source: Source,
+    session: Session,
     motion: Motion,
     writer: Writer,
     progress: ProgressCallback | None = None,
 ) -> list[Mapping[str, int]]:
-    """Return the times of each frame, all stages; every frame of the driver is written."""
-    to_portrait = invert_affine(source.matrix)
-    track = motion.track
+    """Return the times of each frame, all stages; every frame of the driver is written, each
+    while the next is rendered."""
     times: list[Mapping[str, int]] = []
-    for i, span_ns in enumerate(motion.spans_ns):
-        pts_ns, watch, image = int(track.pts_ns[i]), StopWatch(), None
-        if writer.wants_pictures:
-            result = act.reenact(track[i], source, pts_ns)
-            spent, image, moved = result.times, result.frame, result.landmarks
-        else:
-            target = act.target(track[i], source, pts_ns)
-            moved = target.transformed(to_portrait) if act.settings.paste else target
-            watch.lap("retarget")
-            spent = watch.times
+
+    def write(made: _Made) -> None:
         watch = StopWatch()
-        writer.write(image, pts_ns, span_ns, moved)
+        pts_ns, span_ns = int(motion.track.pts_ns[made.index]), motion.spans_ns[made.index]
+        writer.write(made.image_bgr, pts_ns, span_ns, made.landmarks)
         watch.lap("write")
-        times.append({**motion.times[i], **spent, **watch.times})
-        if progress is not None:
-            progress(i + 1, len(track))
+        times.append({**motion.times[made.index], **made.times, **watch.times})
+
+    draw = _pictures if writer.wants_pictures else _landmarks
+    write_behind(_counted(draw(act, session, motion), len(motion.track), progress), write)
     return times
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A frame on its way to the writer; image_bgr: None where only landmarks are wanted."""
+
+    index: int
+    image_bgr: Image | None
+    landmarks: Landmarks
+    times: Mapping[str, int]
+
+
+def _pictures(act: Reenactor, session: Session, motion: Motion) -> Iterator[_Made]:
+    track = motion.track
+    for i in range(len(track)):
+        result = act.reenact(track[i], session, int(track.pts_ns[i]))
+        yield _Made(i, result.frame, result.landmarks, result.times)
+
+
+def _landmarks(act: Reenactor, session: Session, motion: Motion) -> Iterator[_Made]:
+    track = motion.track
+    to_portrait = invert_affine(session.source.matrix)
+    for i in range(len(track)):
+        watch = StopWatch()
+        target = session.target(track[i], int(track.pts_ns[i]))
+        moved = target.transformed(to_portrait) if act.settings.paste else target
+        watch.lap("retarget")
+        yield _Made(i, None, moved, watch.times)
+
+
+def _counted(
+    frames: Iterable[_Made], total: int, progress: ProgressCallback | None
+) -> Iterator[_Made]:
+    for made in frames:
+        yield made
+        if progress is not None:
+            progress(made.index + 1, total)
 
 
 def _check_output(reader: Reader, output: Path, inputs: list[Path]) -> None:

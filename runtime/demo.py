@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import cv2
 import numpy as np
@@ -16,15 +17,16 @@ import numpy as np
 from diffusionact.assets import driver_path, portrait_paths
 from diffusionact.condition import Drawing, draw_condition
 from diffusionact.errors import MediaError
-from diffusionact.landmarks import Landmarks, Track
+from diffusionact.landmarks import Landmarks
 from diffusionact.progress import ProgressCallback
-from diffusionact.runtime.clip import driver_motion, prepare_portrait
+from diffusionact.runtime.clip import prepare_portrait, render_motion
 from diffusionact.runtime.media import Image, VideoReader, open_reader
-from diffusionact.runtime.reenactor import Reenactor, Result
+from diffusionact.runtime.motion import driver_motion
+from diffusionact.runtime.reenactor import Reenactor
 from diffusionact.runtime.sheet import contact_sheet, fit_square, panels
 from diffusionact.runtime.source import Source
-from diffusionact.runtime.timing import StageTimes, StopWatch, summarise
-from diffusionact.runtime.writer import open_writer
+from diffusionact.runtime.timing import StageTimes, summarise
+from diffusionact.runtime.writer import Writer, open_writer
 
 PANEL_PX, SHEET_PX, MOMENTS = 384, 176, 8
 CAPTIONS = ("portrait", "driver", "result")
@@ -61,57 +63,69 @@ def run_demo(
     if not isinstance(reader, VideoReader):
         raise MediaError(f"{reader.name}: the demo shows its driver; wanted a video")
     source = prepare_portrait(act, portrait or _first_portrait())
-    track = driver_motion(act, reader).track
-    act.start_session(source, track)
+    motion = driver_motion(act, reader)
+    session = act.session(source)
+    session.start(motion.track)
     video, sheet = folder / "demo.mp4", folder / "demo.png"
+    count = len(motion.track)
+    shown = set(np.linspace(0, count - 1, MOMENTS).round().astype(int).tolist())
     with open_writer(sheet) as picture:
-        times, moments = _film(act, source, reader, track, video, progress)
-        rows = [list(row) for row in zip(*moments, strict=True)]
+        writer = open_writer(video, time_base=reader.time_base, audio_from=reader.path)
+        with _Film(source, reader, shown, writer) as film:
+            times = render_motion(act, session, motion, film, progress)
+        rows = [list(row) for row in zip(*film.moments, strict=True)]
         made = contact_sheet(source.portrait, rows, ("driver", "drawing", "result"), SHEET_PX)
         picture.write(made, 0, 0, source.landmarks)
-    return DemoReport(video, sheet, len(times), time.monotonic() - begun_s, summarise(times))
+    return DemoReport(video, sheet, count, time.monotonic() - begun_s, summarise(times))
 
 
-def _film(
-    act: Reenactor,
-    source: Source,
-    reader: VideoReader,
-    track: Track,
-    video: Path,
-    progress: ProgressCallback | None,
-) -> tuple[list[Mapping[str, int]], list[tuple[Image, Image, Image]]]:
-    """Write the video; the times of its frames, and driver, drawing and result at some moments."""
-    shown = set(np.linspace(0, len(track) - 1, MOMENTS).round().astype(int).tolist())
-    times: list[Mapping[str, int]] = []
-    moments = []
-    watch = StopWatch()
-    with open_writer(video, time_base=reader.time_base, audio_from=reader.path) as writer:
-        for i, frame in enumerate(reader):
-            if frame.image_bgr is None:
-                raise TypeError("a video has pictures")
-            watch.lap("read")
-            result = act.reenact(track[i], source, frame.pts_ns)
-            watch.lap("")  # reenact has its own stages
-            squares = [fit_square(x, PANEL_PX) for x in (source.portrait, frame.image_bgr)]
-            film = panels([*squares, fit_square(result.frame, PANEL_PX)], CAPTIONS, PANEL_PX)
-            writer.write(film, frame.pts_ns, frame.duration_ns, result.landmarks)
-            watch.lap("write")
-            times.append(
-                {"read": watch.times["read"], **result.times, "write": watch.times["write"]}
-            )
-            watch = StopWatch()
-            if i in shown:
-                moments.append((frame.image_bgr, _drawn(result), result.frame))
-            if progress is not None:
-                progress(i + 1, len(track))
-    return times, moments
+class _Film:
+    """A writer of portrait, driver and result side by side; moments: driver, drawing and result
+    of the frames that the sheet shows."""
+
+    wants_pictures = True
+
+    def __init__(
+        self, source: Source, reader: VideoReader, shown: set[int], writer: Writer
+    ) -> None:
+        self.moments: list[tuple[Image, Image, Image]] = []
+        self._portrait = fit_square(source.portrait, PANEL_PX)
+        self._side = len(source.crop)
+        self._driver = iter(reader)
+        self._shown = shown
+        self._writer = writer
+        self._count = 0
+
+    def write(
+        self, image_bgr: Image | None, pts_ns: int, duration_ns: int, landmarks: Landmarks
+    ) -> None:
+        driver = next(self._driver).image_bgr
+        if driver is None or image_bgr is None:
+            raise TypeError("a film is made of pictures")
+        squares = [self._portrait, *(fit_square(x, PANEL_PX) for x in (driver, image_bgr))]
+        self._writer.write(panels(squares, CAPTIONS, PANEL_PX), pts_ns, duration_ns, landmarks)
+        if self._count in self._shown:
+            self.moments.append((driver, _drawn(landmarks, self._side), image_bgr))
+        self._count += 1
+
+    def __enter__(self) -> _Film:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.__exit__(kind, error, trace)
 
 
-def _drawn(result: Result) -> Image:
+def _drawn(landmarks: Landmarks, crop_px: int) -> Image:
     """The condition of a frame, drawn finely, BGR."""
-    side, scale = SHEET_PX * 2, SHEET_PX * 2 / len(result.crop)
+    side, scale = SHEET_PX * 2, SHEET_PX * 2 / crop_px
     half = (scale - 1.0) / 2.0
-    large: Landmarks = result.landmarks.transformed(np.array([[scale, 0, half], [0, scale, half]]))
+    large: Landmarks = landmarks.transformed(np.array([[scale, 0, half], [0, scale, half]]))
     drawn = draw_condition(large, side, DRAWING)
     return np.asarray(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR), np.uint8)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -15,11 +16,13 @@ import pytest
 
 from diffusionact.errors import MediaError, NoFace, SettingsError
 from diffusionact.landmarks import Landmarks, Track, sidecar_path
-from diffusionact.runtime.clip import driver_motion, prepare_portrait, run_clip
+from diffusionact.runtime.clip import prepare_portrait, run_clip
 from diffusionact.runtime.media import FRAME_NS, VideoReader, open_reader, read_image
+from diffusionact.runtime.motion import driver_motion
 from diffusionact.runtime.reenactor import Reenactor, Settings
 from diffusionact.runtime.writer import make_track, open_writer
 
+T = TypeVar("T")
 UInt8Array = npt.NDArray[np.uint8]
 GOLDEN = Path(__file__).parent / "golden"
 TIMES_NS = (0, 20_000_000, 90_000_000, 110_000_000, 200_000_000)  # whole ticks of 1/90000 s
@@ -97,6 +100,41 @@ def test_a_track_drives_a_video_of_its_length_and_timing(
     worst = max(abs(f.pts_ns - int(t)) for f, t in zip(frames, track.pts_ns, strict=True))
     assert worst <= 1e9 / 90_000
     assert report.times["total"].count == len(track)
+
+
+def serially(items: Iterable[T]) -> Generator[tuple[T, int], None, None]:
+    for item in items:
+        yield item, 1
+
+
+def one_by_one(items: Iterable[T], write: Callable[[T], None]) -> None:
+    for item in items:
+        write(item)
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out", "out.npz"])
+def test_overlap_changes_no_bit(
+    toy_bundle: Path,
+    portrait_file: Path,
+    face: Landmarks,
+    tmp_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = moving(face, 40)
+    script[20:25] = [None] * 5
+    driver = folder_of(tmp_path / "driver", 40)
+
+    def made(folder: str) -> dict[str, bytes]:
+        with Reenactor.load(toy_bundle, tracker=ScriptedTracker(script)) as act:
+            run_clip(act, portrait_file, driver, tmp_path / folder / name)
+        files = [path for path in (tmp_path / folder).rglob("*") if path.is_file()]
+        return {path.name: path.read_bytes() for path in files}
+
+    overlapped = made("a")
+    monkeypatch.setattr("diffusionact.runtime.motion.read_ahead", serially)
+    monkeypatch.setattr("diffusionact.runtime.clip.write_behind", one_by_one)
+    assert made("b") == overlapped
 
 
 def test_before_the_first_face_the_portrait_rests(

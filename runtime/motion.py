@@ -1,0 +1,90 @@
+"""The first pass over a clip: the driver's landmarks, frame by frame, and nothing else of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusionact.errors import NoFace
+from diffusionact.landmarks import Landmarks, Track
+from diffusionact.progress import ProgressCallback
+from diffusionact.runtime.ahead import read_ahead
+from diffusionact.runtime.media import FolderReader, Frame, Reader, TrackReader, VideoReader
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.sidecar import Sidecar
+from diffusionact.runtime.timing import StopWatch
+from diffusionact.runtime.writer import make_track
+
+
+@dataclass(frozen=True)
+class Motion:
+    """A driver's track, for how long each of its frames shows, and what finding it took:
+    times: per frame, stage -> nanoseconds, "read", and "track" where a tracker was asked."""
+
+    track: Track
+    spans_ns: tuple[int, ...]
+    times: tuple[Mapping[str, int], ...]
+
+    def seen(self) -> int:
+        """Return the number of frames that have a face."""
+        return sum(self.track[i] is not None for i in range(len(self.track)))
+
+
+def driver_motion(
+    act: Reenactor, reader: Reader, progress: ProgressCallback | None = None
+) -> Motion:
+    """Return the landmarks of every frame of a driver, with the frames' own times: from a track
+    beside its file, NAME.landmarks.npz, where there is one, else by the tracker, which looks at
+    one frame while the next is decoded.
+
+    Raises: MediaError for a track of another file, NoFace when no frame has a face, BackendMissing.
+    """
+    file = _single_file(reader)
+    known = None if file is None else Sidecar.beside(file)
+    faces: list[Landmarks | None] = []
+    pts_ns, spans_ns, times = [], [], []
+    size = reader.track.size if isinstance(reader, TrackReader) else (0, 0)
+    with closing(read_ahead(reader)) as frames:
+        for frame, read_ns in frames:
+            watch = StopWatch()
+            if frame.image_bgr is not None:
+                size = (frame.image_bgr.shape[1], frame.image_bgr.shape[0])
+            if known is None:
+                faces.append(_find(act, frame))
+                watch.lap("track")
+            else:
+                faces.append(None)
+            pts_ns.append(frame.pts_ns)
+            spans_ns.append(frame.duration_ns)
+            times.append({"read": read_ns, **watch.times})
+            if progress is not None:  # a file's header may promise another number
+                progress(len(faces), reader.length and max(reader.length, len(faces)))
+    if progress is not None:
+        progress(len(faces), len(faces))
+    if known is not None:
+        faces = known.faces(len(faces), size)
+    motion = Motion(make_track(faces, pts_ns, size), tuple(spans_ns), tuple(times))
+    if not motion.seen():
+        raise NoFace(
+            f"{reader.name}: no face in any of its {len(faces)} frames; wanted a face at least 60 "
+            "pixels wide, seen from the front, or, in a landmark track, 68 points and both irises"
+        )
+    return motion
+
+
+def _single_file(reader: Reader) -> Path | None:
+    """The one file of a reader of pictures, beside which a track may lie."""
+    if isinstance(reader, FolderReader) and len(reader.paths) == 1:
+        return reader.paths[0]
+    return reader.path if isinstance(reader, VideoReader) else None
+
+
+def _find(act: Reenactor, frame: Frame) -> Landmarks | None:
+    if frame.image_bgr is None:
+        return frame.landmarks
+    try:
+        return act.tracker.track(frame.image_bgr)
+    except NoFace:
+        return None
