@@ -161,12 +161,16 @@ def stem(key: EngineKey) -> str:
     return f"{key.component}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
+def cache_root() -> Path:
+    """Return the cache directory, which may not be there: DIFFUSIONACT_CACHE, or the user's."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "diffusionact")
+
+
 def folders(bundle_dir: Path) -> tuple[Path, Path]:
     """Return where the engines of a bundle may lie: in it, and in the cache directory."""
     place = Path(bundle_dir).resolve()
-    root = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "diffusionact"
     mark = hashlib.sha256(str(place).encode()).hexdigest()[:8]
-    return place / FOLDER, Path(root) / FOLDER / f"{place.name}-{mark}"
+    return place / FOLDER, cache_root() / FOLDER / f"{place.name}-{mark}"
 
 
 def folder_to_write(bundle_dir: Path) -> Path:

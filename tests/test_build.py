@@ -27,7 +27,7 @@ from diffusionact.engine_files import EngineManifest, Gpu, Parity
 from diffusionact.engines import build as engines
 from diffusionact.engines import plan as engine_plan
 from diffusionact.engines.build import Settings
-from diffusionact.engines.gpu import gpu_here
+from diffusionact.gpu import gpu_here
 from diffusionact.errors import (
     BackendMissing,
     BundleError,
@@ -443,7 +443,7 @@ def test_the_command_builds_and_tells(bundle: Path, capsys: pytest.CaptureFixtur
 def test_the_command_without_a_gpu_says_what_to_give(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffusionact.engines.gpu.gpu_here", lambda: None)
+    monkeypatch.setattr("diffusionact.gpu.gpu_here", lambda: None)
     assert run_cli(bundle) == 2
     assert "--gpu sm_89,sm_120" in capsys.readouterr().err
     with pytest.raises(SystemExit):

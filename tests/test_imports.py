@@ -42,7 +42,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 # A library that one file, or one job, is behind.
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "mediapipe": ("runtime/tracker.py",),
+    "cuda": ("runtime/cuda.py", "runtime/kernel_code.py"),
     "onnxruntime": ("runtime/ort.py", "export/parity.py"),
+    "openvino": ("runtime/openvino.py",),
     "numba": ("training/rasterizer.py",),
 }
 WITHOUT_TORCH = ("training/faces.py",)  # the renderer works in an environment without PyTorch

@@ -128,7 +128,9 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     shipped = {path for path in (ROOT / "diffusionact" / "assets").rglob("*") if path.is_file()
                and not {"__pycache__", "engines"} & {*path.parts}}  # fmt: skip
     assert {path.relative_to(ROOT).as_posix() for path in shipped} <= names
-    unwanted = re.compile(r"\.cu$|\.engine$|/face\.bundle/engines/|/checkpoints/|/__pycache__/")
+    kernels = {path.name for path in (ROOT / "runtime" / "kernels").glob("*.cu")}
+    assert {f"diffusionact/runtime/kernels/{name}" for name in kernels} <= names  # for NVRTC
+    unwanted = re.compile(r"\.engine$|/face\.bundle/engines/|/checkpoints/|/__pycache__/")
     assert [name for name in names if unwanted.search(name)] == []
 
 

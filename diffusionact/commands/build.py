@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     with extra("build", "rtx"):
         from diffusionact.engines.build import Settings, describe
         from diffusionact.engines.build import build as build_engines
-        from diffusionact.engines.gpu import gpu_here
+        from diffusionact.gpu import gpu_here
 
         settings = Settings(
             here=None if arguments.gpu else gpu_here(),
