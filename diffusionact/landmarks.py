@@ -35,7 +35,7 @@ FLAT = 0.01  # extent across over extent along, of points that lie on a line rat
 LEAST_EXTENT_PX = 1e-3
 
 # Vertices of the 478-point face mesh; two numbers mean their middle.
-_MESH_TO_POINTS: tuple[tuple[int, ...], ...] = (
+MESH_TO_POINTS: tuple[tuple[int, ...], ...] = (
     # jaw
     *((127,), (234,), (93,), (132, 58), (58, 172), (136,), (150,), (176,), (152,)),
     *((400,), (379,), (365,), (397, 288), (361, 288), (323,), (454,), (356,)),
@@ -50,9 +50,9 @@ _MESH_TO_POINTS: tuple[tuple[int, ...], ...] = (
     *((61,), (39,), (37,), (0,), (267,), (269,), (291,), (321,), (314,), (17,), (84,), (91,)),
     *((78,), (82,), (13,), (312,), (308,), (317,), (14,), (87,)),
 )
-_MESH_FIRST = np.array([ids[0] for ids in _MESH_TO_POINTS])
-_MESH_SECOND = np.array([ids[-1] for ids in _MESH_TO_POINTS])
-_MESH_IRISES = (468, 473)
+_MESH_FIRST = np.array([ids[0] for ids in MESH_TO_POINTS])
+_MESH_SECOND = np.array([ids[-1] for ids in MESH_TO_POINTS])
+MESH_IRISES = (468, 473)
 MESH_POINTS = 478
 TRACK_ARRAYS = frozenset({"landmarks", "gaze", "pts_ns", "size", "codes"})
 
@@ -197,7 +197,7 @@ def from_mediapipe(mesh: FloatArray) -> Landmarks:
     Source: MediaPipe face mesh topology, iris refinement.
     """
     points = (mesh[_MESH_FIRST] + mesh[_MESH_SECOND]) / 2.0
-    gaze = mesh[list(_MESH_IRISES), :2]
+    gaze = mesh[list(MESH_IRISES), :2]
     return Landmarks(points.astype(np.float32), gaze.astype(np.float32))
 
 

@@ -117,6 +117,11 @@ class Retargeter:
         self._switched_ns, self._blend_s = LONG_AGO_NS, self.settings.return_s
         self._seen: bool | None = None  # None: before the first frame
 
+    @property
+    def calibrating(self) -> bool:
+        """Whether the neutral face is still being looked for, and the source rests."""
+        return self._first_second is not None
+
     def calibrate(self, driver: Iterable[Landmarks | None] | None = None) -> None:
         """Return nothing; the neutral face is found in a whole clip (say a Track), or, without
         one, in the first second of what comes, during which the source rests.
