@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from diffusionact import schedule
 from diffusionact.engine_files import ONCE
+from diffusionact.errors import SettingsError
 from diffusionact.manifest import Manifest, TensorSpec
 from diffusionact.runtime.component import Component, open_component
 from diffusionact.schedule import Run, Step
@@ -78,6 +79,7 @@ class _Sampler:
     """A pass with its buffers bound."""
 
     def __init__(self, direction: Pass, bound_step: _BoundStep) -> None:
+        self.steps = len(direction.run.timesteps)
         self._bound_step = bound_step
         self._modulation = direction.modulation
         self._z = _buffer(self._modulation.inputs["z"])
@@ -106,7 +108,10 @@ class _Sampler:
 class Loop:
     """Encoder, render and inversion over components of any backend."""
 
-    def __init__(self, encoder: Component, render: Pass, invert: Pass) -> None:
+    def __init__(
+        self, encoder: Component, render: Pass, invert: Pass, others: Sequence[Pass] = ()
+    ) -> None:
+        """others: further ways to render, over the step network of the first, for `set_steps`."""
         self._encoder = encoder
         self._image = _buffer(encoder.inputs["image"])
         self._condition = _buffer(encoder.inputs["condition"])
@@ -114,8 +119,30 @@ class Loop:
         encoder.bind(image=self._image, condition=self._condition, z=self._z)
         shared = render.unet_step is invert.unet_step
         bound_step = _BoundStep(render.unet_step)
-        self._render = _Sampler(render, bound_step)
+        samplers = [_Sampler(one, bound_step) for one in (render, *others)]
+        self._render = samplers[0]
+        self._prepared = {sampler.steps: sampler for sampler in reversed(samplers)}
         self._invert = _Sampler(invert, bound_step if shared else _BoundStep(invert.unet_step))
+
+    @property
+    def steps(self) -> int:
+        """The number of steps that `render` takes."""
+        return self._render.steps
+
+    @property
+    def prepared(self) -> tuple[int, ...]:
+        """The numbers of steps that `set_steps` may choose, ascending."""
+        return tuple(sorted(self._prepared))
+
+    def set_steps(self, steps: int) -> None:
+        """Return nothing; from the next call on, `render` takes this many steps. Costs nothing.
+
+        Raises: SettingsError for a number that is not prepared.
+        """
+        if steps not in self._prepared:
+            known = ", ".join(map(str, self.prepared))
+            raise SettingsError(f"steps={steps}: prepared are {known}; open the loop with more")
+        self._render = self._prepared[steps]
 
     def encode(self, image: Float32Array, condition: Float32Array) -> Float32Array:
         """Return the semantic code z, float32 [1,Z]; valid until the next call.
@@ -148,6 +175,7 @@ def open_loop(
     manifest: Manifest,
     *,
     steps: int | Sequence[int] | None = None,
+    also: Sequence[int] = (),
     backend: str = "ort",
     device: str = "auto",
     precision: str = "auto",
@@ -156,6 +184,7 @@ def open_loop(
     """Return the loop of a bundle.
 
     steps: of render, a count or the timesteps themselves; None takes the manifest's choice;
+    also: counts to prepare besides, between which `Loop.set_steps` changes at no cost;
     backend, precision: as of open_component, which knows no choice between backends; for that see
     runtime/choice.py.
 
@@ -188,7 +217,9 @@ def open_loop(
     render = direction(render_run, "", step)
     step_invert = component("unet_step_invert", 1) if own else step
     invert = direction(inversion_run, "_invert" if own else "", step_invert)
-    return Loop(component("encoder", 1), render, invert)
+    counts = sorted(set(also) - {len(render_run.timesteps)})
+    others = [direction(runs(manifest, count)[0], "", step) for count in counts]
+    return Loop(component("encoder", 1), render, invert, others)
 
 
 def runs(manifest: Manifest, steps: int | Sequence[int] | None = None) -> tuple[Run, Run]:

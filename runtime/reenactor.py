@@ -53,6 +53,8 @@ class Settings:
     """What a caller may choose; everything else is in the bundle's manifest."""
 
     steps: int | tuple[int, ...] | None = None  # of render: a count, timesteps, or the bundle's
+    # Further counts that `Reenactor.set_steps` may choose; None: those of the bundle.
+    step_choices: tuple[int, ...] | None = ()
     backend: str = "auto"  # the fastest here, by measurement (runtime/choice.py)
     precision: str = "auto"  # the fastest that is as good as fp32 to the eye; or its name
     threads: int = 0  # 0: one for each physical core
@@ -86,7 +88,8 @@ class Result:
 
     frame: uint8 [H,W,3], BGR, the portrait with the new face, or the crop when pasting is off;
     crop: uint8 [S,S,3], BGR; landmarks: the ones it was drawn from, crop px;
-    times: stage -> nanoseconds, in order; seen: whether the driver showed a face.
+    times: stage -> nanoseconds, in order; seen: whether the driver showed a face; steps: that
+    rendering took.
     """
 
     frame: UInt8Array
@@ -94,6 +97,7 @@ class Result:
     landmarks: Landmarks
     times: Mapping[str, int]
     seen: bool = True
+    steps: int = 0
 
 
 class Reenactor:
@@ -146,6 +150,7 @@ class Reenactor:
             bundle_dir,
             manifest,
             steps=settings.steps,
+            also=_step_choices(settings, manifest),
             backend=chosen.backend,
             device=device,
             precision=chosen.precision,
@@ -294,6 +299,23 @@ class Reenactor:
         return self._session
 
     @property
+    def steps(self) -> int:
+        """The number of steps that the next frame takes."""
+        return self._loop.steps
+
+    @property
+    def prepared_steps(self) -> tuple[int, ...]:
+        """The numbers of steps that `set_steps` may choose, ascending."""
+        return self._loop.prepared
+
+    def set_steps(self, steps: int) -> None:
+        """Return nothing; frames take this many steps from the next one on, at no cost.
+
+        Raises: SettingsError for a number that `Settings.step_choices` did not prepare.
+        """
+        self._loop.set_steps(steps)
+
+    @property
     def tracker(self) -> Tracker:
         """The tracker in use, opened now if it was not. Raises: BackendMissing."""
         if self._tracker is None:
@@ -347,7 +369,7 @@ class Reenactor:
         crop = bgr_to_rgb(picture)  # the same swap leads from RGB to BGR
         frame = source.paster.paste(crop) if self.settings.paste else crop
         watch.lap("paste")
-        return Result(frame, crop, target, watch.times, seen)
+        return Result(frame, crop, target, watch.times, seen, self._loop.steps)
 
     def _generate(
         self, x_T: Float32Array, image: Float32Array, condition: Float32Array, watch: StopWatch
@@ -372,6 +394,10 @@ class Reenactor:
                 "this model was trained on rendered faces: a photo lies outside its training, "
                 "expect a poor likeness"
             )
+
+
+def _step_choices(settings: Settings, manifest: Manifest) -> tuple[int, ...]:
+    return manifest.render.choices if settings.step_choices is None else settings.step_choices
 
 
 def _pose_range_deg(manifest: Manifest) -> tuple[float, float, float]:

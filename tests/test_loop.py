@@ -311,3 +311,29 @@ def test_a_whole_reenactment_gives_the_published_result(golden_loop: Loop, golde
     assert_golden(x_T, wanted["flow_xT"][0])
     frame = golden_loop.render(x_T, golden_loop.encode(one["src_img"], one["stick_tgt"]))
     assert_golden(frame, wanted["flow_out"][0], GOLDEN_FLOW_ATOL)
+
+
+def test_steps_change_between_frames_and_nothing_else_does(
+    toy_bundle: Path, manifest: Manifest
+) -> None:
+    loop = open_loop(toy_bundle, manifest, also=(2, 3, 4), threads=1)
+    assert (loop.steps, loop.prepared) == (4, (2, 3, 4))
+    x_T, z = pictures(2), loop.encode(pictures(1), pictures(3)).copy()
+    for steps in (2, 4, 3, 2):
+        loop.set_steps(steps)
+        alone = open_loop(toy_bundle, manifest, steps=steps, threads=1)
+        np.testing.assert_array_equal(loop.render(x_T, z), alone.render(x_T, z))
+        np.testing.assert_array_equal(loop.invert(x_T, z), alone.invert(x_T, z))
+        assert loop.steps == steps
+    with pytest.raises(SettingsError, match="prepared are 2, 3, 4"):
+        loop.set_steps(5)
+
+
+def test_changing_steps_allocates_nothing(toy_bundle: Path, manifest: Manifest) -> None:
+    loop = open_loop(toy_bundle, manifest, also=(2,), threads=1)
+    x_T, z = pictures(2), loop.encode(pictures(1), pictures(3)).copy()
+    buffers = []
+    for steps in (2, 4):
+        loop.set_steps(steps)
+        buffers.append(loop.render(x_T, z).ctypes.data)
+    assert buffers[0] == buffers[1]  # the one step network's own
