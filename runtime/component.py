@@ -21,6 +21,7 @@ Array: TypeAlias = npt.NDArray[Any]
 # where they differ), and open_model(path, inputs, outputs, device, threads, precision) -> Component.
 BACKENDS: Mapping[str, str] = {
     "ort": "diffusionact.runtime.ort",
+    "openvino": "diffusionact.runtime.openvino",
     "torch": "diffusionact.runtime.torch",
 }
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")  # all that any backend may have
