@@ -40,9 +40,12 @@ class StopWatch:
         self._last = time.monotonic_ns() if begun_ns is None else begun_ns
         self.times = Times(self._last)
 
-    def lap(self, stage: str) -> None:
-        """Return nothing; adds the time since the last lap to `stage`."""
-        now = time.monotonic_ns()
+    def lap(self, stage: str, now_ns: int | None = None) -> None:
+        """Return nothing; adds the time since the last lap to `stage`.
+
+        now_ns: when it ended, on the monotonic clock; None is now.
+        """
+        now = time.monotonic_ns() if now_ns is None else now_ns
         self.times[stage] = self.times.get(stage, 0) + now - self._last
         self._last = now
 

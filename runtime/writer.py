@@ -10,7 +10,7 @@ import csv
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -230,7 +230,14 @@ class VideoWriter(_Atomic):
     An odd last column or row is doubled: 4:2:0 has even sides.
     """
 
-    def __init__(self, target: Path, time_base: Fraction, audio_from: str | Path | None) -> None:
+    def __init__(
+        self,
+        target: Path,
+        time_base: Fraction,
+        audio_from: str | Path | None,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        """options: of x264, in place of the usual ones."""
         import av
 
         super().__init__(target)
@@ -240,6 +247,7 @@ class VideoWriter(_Atomic):
         self._stream: Any = None
         self._audio_from = audio_from
         self._audio: AudioCopy | None = None
+        self._h264_options = H264_OPTIONS if options is None else options
         try:
             muxer = MUXERS[target.suffix.lower()]
             flags = {} if muxer == "matroska" else {"movflags": "+faststart"}
@@ -288,7 +296,7 @@ class VideoWriter(_Atomic):
         self._time_base = self._time_base if h264 else Fraction(1, 60_000)
         codec = stream.codec_context
         stream.time_base = codec.time_base = self._time_base
-        codec.options = H264_OPTIONS if h264 else MPEG4_OPTIONS
+        codec.options = dict(self._h264_options) if h264 else MPEG4_OPTIONS
         codec.colorspace = codec.color_primaries = codec.color_trc = BT709
         codec.color_range = 1  # 16..235
         if self._audio_from is not None:
