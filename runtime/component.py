@@ -58,11 +58,13 @@ def open_component(
     precision: str = "auto",
     threads: int = 0,
     sizes: Mapping[str, int] | None = None,
+    stream: int | None = None,
 ) -> Component:
     """Return component `name` of the bundle, or of its tracker, opened but not bound.
 
     device, precision: "auto" takes the backend's best; threads: 0 leaves the number to the
-    backend; sizes: what the manifest's named sizes are in this run, such as {"N": steps}.
+    backend; sizes: what the manifest's named sizes are in this run, such as {"N": steps}; stream:
+    of device "cuda", the handle of the one that the component runs on.
 
     Raises: SettingsError for an unknown backend or a precision it lacks here, BackendMissing when
     its library is not installed, DeviceError for a device it cannot use, BundleError when the
@@ -91,6 +93,7 @@ def open_component(
             f"in {rounding!r}; choose one of these, or 'auto'"
         )
     spec = parts[name]
+    on_stream = {"stream": stream} if chosen == "cuda" else {}
     inputs, outputs = (fixed(specs, sizes or {}) for specs in (spec.inputs, spec.outputs))
     component: Component = module.open_model(
         bundle_dir / spec.file,
@@ -99,6 +102,7 @@ def open_component(
         device=chosen,
         threads=threads,
         precision=rounding,
+        **on_stream,
     )
     return component
 

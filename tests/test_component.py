@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from diffusionact import manifest as manifest_file
 from diffusionact.errors import BackendMissing, BundleError, DeviceError, SettingsError
 from diffusionact.manifest import Manifest, TensorSpec
-from diffusionact.runtime import component
+from diffusionact.runtime import component, ort
 from diffusionact.runtime.component import Component, open_component
 
 STEPS = {"N": 3}
@@ -103,9 +104,28 @@ def test_an_unknown_backend_lists_the_known(toy_bundle: Path, manifest: Manifest
 def test_a_device_the_backend_lacks_is_an_error_not_a_fallback(
     toy_bundle: Path, manifest: Manifest
 ) -> None:
-    with pytest.raises(DeviceError, match=r"'ort' runs on cpu, not on 'cuda'"):
-        open_component(toy_bundle, manifest, "encoder", device="cuda")
+    with pytest.raises(DeviceError, match=r"'ort' runs on cpu, cuda, not on 'tpu'"):
+        open_component(toy_bundle, manifest, "encoder", device="tpu")
     assert open_component(toy_bundle, manifest, "encoder", device="auto").outputs["z"].shape[0] == 1
+
+
+@pytest.mark.skipif(
+    ort.CUDA_PROVIDER in onnxruntime.get_available_providers(), reason="onnxruntime-gpu"
+)
+def test_onnx_runtime_without_cuda_says_so(
+    toy_bundle: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DeviceError, match="no CUDA provider; run: .*pip install onnxruntime-gpu"):
+        open_component(toy_bundle, manifest, "encoder", device="cuda")
+    # Where the provider is there and does not load, the library takes the CPU and logs a line.
+    offered = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
+    monkeypatch.setattr("diffusionact.runtime.cuda.why_not", lambda: None)
+    with (
+        pytest.warns(UserWarning, match="CUDAExecutionProvider"),
+        pytest.raises(DeviceError, match="could not load its CUDA provider and offers the CPU"),
+    ):
+        open_component(toy_bundle, manifest, "encoder", device="cuda")
 
 
 def test_an_unknown_component_lists_the_known(toy_bundle: Path, manifest: Manifest) -> None:
