@@ -66,23 +66,25 @@ def open_writer(
     time_base: Fraction | None = None,
     audio_from: str | Path | None = None,
     size: tuple[int, int] = (0, 0),
+    workplace: Path | None = None,
 ) -> Writer:
     """Return the writer for a path by its ending; no ending, or an existing folder: a folder.
 
     time_base: the driver's tick, s, so that its times are kept exactly; audio_from: the file
-    whose sound a video keeps; size: width and height, px, noted in a landmark track.
+    whose sound a video keeps; size: width and height, px, noted in a landmark track; workplace:
+    the folder of the unfinished file, on the same disk, instead of the target's own.
 
     Raises: MediaError when the ending is unknown or nothing can be written there.
     """
     target, suffix = Path(path), Path(path).suffix.lower()
     if not suffix or target.is_dir():
-        return FolderWriter(target)
+        return FolderWriter(target, workplace=workplace)
     if suffix in VIDEO_SUFFIXES:
-        return VideoWriter(target, time_base or VIDEO_TIME_BASE, audio_from)
+        return VideoWriter(target, time_base or VIDEO_TIME_BASE, audio_from, workplace=workplace)
     if suffix in IMAGE_SUFFIXES:
-        return ImageWriter(target)
+        return ImageWriter(target, workplace=workplace)
     if suffix == TRACK_SUFFIX:
-        return TrackWriter(target, size)
+        return TrackWriter(target, size, workplace=workplace)
     raise MediaError(
         f"{target}: cannot write {suffix}. Wanted a video ({' '.join(VIDEO_SUFFIXES)}), a picture "
         f"({' '.join(IMAGE_SUFFIXES)}), a landmark track ({TRACK_SUFFIX}) or a folder (no ending)"
@@ -94,11 +96,14 @@ class _Atomic:
 
     wants_pictures = True
 
-    def __init__(self, target: Path, folder: bool = False) -> None:
+    def __init__(
+        self, target: Path, *, folder: bool = False, workplace: Path | None = None
+    ) -> None:
         self.target = target
         self.count = 0
         self._closed = False
-        self.part = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.part{target.suffix}")
+        name = f".{target.stem}.{uuid.uuid4().hex[:8]}.part{target.suffix}"
+        self.part = (workplace or target.parent) / name
         try:
             target.absolute().parent.mkdir(parents=True, exist_ok=True)
             self.part.mkdir() if folder else self.part.touch()
@@ -154,12 +159,12 @@ class ImageWriter(_Atomic):
 class FolderWriter(_Atomic):
     """Numbered PNGs and their times."""
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, *, workplace: Path | None = None) -> None:
         if target.is_dir() and any(target.iterdir()):
             raise MediaError(f"{target}: the folder is not empty; empty it or name a new one")
         if target.exists() and not target.is_dir():
             raise MediaError(f"{target}: is a file; name a folder, or a video ending in .mp4")
-        super().__init__(target, folder=True)
+        super().__init__(target, folder=True, workplace=workplace)
         self._rows: list[tuple[str, int]] = []
 
     def write(
@@ -184,8 +189,10 @@ class TrackWriter(_Atomic):
 
     wants_pictures = False
 
-    def __init__(self, target: Path, size: tuple[int, int]) -> None:
-        super().__init__(target)
+    def __init__(
+        self, target: Path, size: tuple[int, int], *, workplace: Path | None = None
+    ) -> None:
+        super().__init__(target, workplace=workplace)
         self._size = size
         self._faces: list[Landmarks] = []
         self._times: list[int] = []
