@@ -243,11 +243,13 @@ class VideoWriter(_Atomic):
         time_base: Fraction,
         audio_from: str | Path | None,
         options: Mapping[str, str] | None = None,
+        *,
+        workplace: Path | None = None,
     ) -> None:
         """options: of x264, in place of the usual ones."""
         import av
 
-        super().__init__(target)
+        super().__init__(target, workplace=workplace)
         self._time_base = time_base
         self._waiting: tuple[Image, int, int] | None = None
         self._spans: dict[int, int] = {}
