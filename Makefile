@@ -50,7 +50,7 @@ $(VENV)/bin/pip:
 # Of what mediapipe depends on, its face graph needs protobuf alone.
 $(VENV)/.env: $(WANTED) | $(VENV)/bin/pip
 	@echo "installing diffusionact and the face tracker into $(VENV)"
-	@$(INSTALL) -e '.[serve]' protobuf
+	@$(INSTALL) -e '.[live,serve]' protobuf
 	@$(INSTALL) --no-deps mediapipe || \
 	  echo "no face tracker for this platform: drivers are landmark tracks (.npz) only" >&2
 	@touch $@

@@ -15,15 +15,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from diffusionact._version import __version__
-from diffusionact.commands import build, check, demo, export, import_, run, train
+from diffusionact.commands import build, check, demo, export, import_, live, run, train
 from diffusionact.commands.exits import INTERRUPTED, REFUSED, TERMINATED
 from diffusionact.commands.model import model_options
 from diffusionact.commands.output import talk_options
 from diffusionact.errors import DiffusionActError, SettingsError
 
 # In the order of --help; the second are those that take the options of a model.
-COMMANDS = (demo, run, import_, export, build, train, check)
-OF_A_MODEL = (demo, run)
+COMMANDS = (demo, run, live, import_, export, build, train, check)
+OF_A_MODEL = (demo, run, live)
 LOG_VARIABLE = "DIFFUSIONACT_LOG"
 LEVELS = ("debug", "info", "warning", "error")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import logging
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -74,7 +73,9 @@ def open_reader(spec: str | Path | int) -> Reader:
     Raises: MediaError when it is missing, empty, or nothing that can be read.
     """
     if str(spec).isdecimal():
-        return CameraReader(int(str(spec)))
+        from diffusionact.runtime.camera import open_camera  # which needs this module
+
+        return open_camera(str(spec))
     path = require_file(str(spec))
     if path.is_dir():
         return FolderReader.scan(path)
@@ -180,37 +181,6 @@ class TrackReader:
         times = [int(pts) for pts in self.track.pts_ns]
         for i, (pts_ns, span_ns) in enumerate(zip(times, frame_spans(times), strict=True)):
             yield Frame(None, pts_ns, span_ns, self.track[i])
-
-
-@dataclass(frozen=True)
-class CameraReader:
-    """A webcam; times are the monotonic clock's at capture."""
-
-    index: int
-    live: bool = True
-    length: int | None = None
-    time_base: Fraction | None = None
-
-    @property
-    def name(self) -> str:
-        return f"camera {self.index}"
-
-    def __iter__(self) -> Iterator[Frame]:
-        camera = cv2.VideoCapture(self.index)
-        try:
-            if not camera.isOpened():
-                raise MediaError(
-                    f"camera {self.index} cannot be opened: none with this number, in use, or not "
-                    "permitted. On Linux `ls /dev/video*` lists them; give the number of another"
-                )
-            camera.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # old frames in a queue are only delay
-            while True:
-                good, image = camera.read()
-                if not good:
-                    raise MediaError(f"camera {self.index} stopped sending; plug it in again")
-                yield Frame(np.asarray(image, np.uint8), time.monotonic_ns())
-        finally:
-            camera.release()
 
 
 @dataclass(frozen=True)

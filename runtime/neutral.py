@@ -8,7 +8,7 @@ import numpy as np
 
 from diffusionact.errors import NoFace
 from diffusionact.landmarks import MOUTH_CORNERS, Landmarks
-from diffusionact.morphable import angles
+from diffusionact.morphable import angles, rotation
 from diffusionact.runtime.headpose import FloatArray, Head, take_apart
 
 # Upper and lower point of each pair, from one corner to the other.
@@ -18,7 +18,8 @@ INNER_LIPS = ((61, 67), (62, 66), (63, 65))
 
 # What counts as much as what, when the calmest frame is looked for.
 POSE_UNIT_DEG, MOUTH_UNIT, LID_UNIT, WIDTH_UNIT = 15.0, 0.08, 0.15, 0.1
-CALM_SHARE = 0.08  # of the frames, whose median is the neutral face
+CALM_SHARE = 0.08  # of a clip's frames, whose median is the neutral face
+CALM_LIVE = 0.5  # of those of a second, which are few
 
 
 def calmest(faces: Iterable[Landmarks | None], mean_face: FloatArray) -> Head:
@@ -30,6 +31,11 @@ def calmest(faces: Iterable[Landmarks | None], mean_face: FloatArray) -> Head:
     heads = [take_apart(face, mean_face) for face in faces if face is not None and face.is_face]
     if not heads:
         raise NoFace("no face in any frame of the driver; wanted at least one that is seen well")
+    return calmest_of(heads, CALM_SHARE)
+
+
+def calmest_of(heads: list[Head], share: float) -> Head:
+    """Return the median of the calmest of these faces, one at least, of one person."""
     pose = np.array([angles(head.rotation) for head in heads])
     mouth = np.array([lip_gap(head.points) for head in heads])
     lids = np.array([lid_openings(head.points).mean() for head in heads])
@@ -41,19 +47,19 @@ def calmest(faces: Iterable[Landmarks | None], mean_face: FloatArray) -> Head:
         + ((lids / usual - 1.0) / LID_UNIT) ** 2
         + ((width / np.median(width) - 1.0) / WIDTH_UNIT) ** 2
     )
-    best = np.argsort(cost, kind="stable")[: max(round(CALM_SHARE * len(heads)), 1)]
+    best = np.argsort(cost, kind="stable")[: max(round(share * len(heads)), 1)]
     return middle([heads[i] for i in best])
 
 
 def middle(heads: list[Head]) -> Head:
-    """Return the median of faces of one person, with the pose of the first."""
-    first = heads[0]
+    """Return the median of faces of one person, in pose too."""
+    turn = np.median([angles(head.rotation) for head in heads], axis=0)
     return Head(
         np.median([head.points for head in heads], axis=0),
         np.median([head.gaze for head in heads], axis=0),
         float(np.median([head.scale for head in heads])),
-        first.rotation,
-        first.translation,
+        np.asarray(rotation(turn)),
+        np.median([head.translation for head in heads], axis=0),
     )
 
 

@@ -17,13 +17,14 @@ from diffusionact.morphable import Morphable, angles, rendered_face, rotation
 from diffusionact.runtime.expression import Expression, FreeExpression, ModelExpression
 from diffusionact.runtime.headpose import FloatArray, Head, take_apart
 from diffusionact.runtime.neutral import (
+    CALM_LIVE,
     INNER_LIPS,
     LID_CORNERS,
     LID_PAIRS,
     calmest,
+    calmest_of,
     lid_openings,
     lip_gap,
-    middle,
     mouth_width,
 )
 from diffusionact.runtime.smoothing import OneEuro
@@ -31,7 +32,7 @@ from diffusionact.runtime.smoothing import OneEuro
 NECK_PIVOT = np.array([0.0, 1.0, 0.45])  # head units: where a head turns, top of the spine
 STEP_NS = 40_000_000  # between frames whose times nobody gives
 LONG_AGO_NS = -(1 << 62)
-LIVE_NEUTRAL_NS = 1_000_000_000
+LIVE_NEUTRAL_NS, LEAST_HEADS = 1_000_000_000, 5  # of a neutral face found live
 MOUTH_SCALE_RANGE = (0.6, 1.6)
 LID_RATIO_RANGE = (0.0, 1.15)  # beyond the upper end eyes look startled
 LIPS_APART = 0.08  # of the mouth's width: not a mouth at rest
@@ -129,13 +130,20 @@ class Retargeter:
         Raises: NoFace when the clip has no face.
         """
         if driver is not None:
-            neutral = calmest(driver, self._mean)
-            if lip_gap(neutral.points) > LIPS_APART:  # smiling or talking all the time
-                closed = self._expression.without_expression(neutral.points)
-                neutral = replace(neutral, points=closed)
-            self._neutral, self._first_second = neutral, None
+            self._neutral = self._closed(calmest(driver, self._mean))
+            self._first_second = None
         else:
             self._neutral, self._first_second = None, []
+        self.reset()
+
+    def recalibrate(self) -> None:
+        """Return nothing; the neutral face is found anew in the next second, while the source
+        goes on from where it is, towards rest."""
+        self._neutral, self._first_second = None, []
+
+    def follow_on(self, other: Retargeter) -> None:
+        """Return nothing; takes over what another source's session knows of the same driver."""
+        self._neutral, self._first_second = other._neutral, other._first_second
         self.reset()
 
     def target(self, driver: Landmarks | None, pts_ns: int | None = None) -> Landmarks:
@@ -206,13 +214,20 @@ class Retargeter:
         return motion
 
     def _collect(self, head: Head) -> None:
-        """Gather the first second, then take its middle as neutral."""
+        """Gather the first second, then take the middle of its calm frames as neutral."""
         heads = self._first_second or []
         if not heads:
             self._second_begins_ns = self._now_ns
-        self._first_second = [*heads, head]
-        if self._now_ns - self._second_begins_ns >= LIVE_NEUTRAL_NS:
-            self._neutral, self._first_second = middle(self._first_second), None
+        self._first_second = heads = [*heads, head]
+        long_enough = self._now_ns - self._second_begins_ns >= LIVE_NEUTRAL_NS
+        if long_enough and len(heads) >= LEAST_HEADS:
+            self._neutral, self._first_second = self._closed(calmest_of(heads, CALM_LIVE)), None
+
+    def _closed(self, neutral: Head) -> Head:
+        """A neutral face; the expression taken out of one that smiled or talked all the time."""
+        if lip_gap(neutral.points) <= LIPS_APART:
+            return neutral
+        return replace(neutral, points=self._expression.without_expression(neutral.points))
 
     def _guessed_neutral(self, head: Head) -> Head:
         """A neutral face for a driver of whom one frame is known: upright, and in its place."""

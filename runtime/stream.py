@@ -148,8 +148,11 @@ class Pipeline:
     @property
     def dropped(self) -> Mapping[str, int]:
         """Return how many were replaced by newer ones before each stage."""
-        slots = {"track": self._frames, "render": self._faces, "show": self._results}
-        return {stage: slot.dropped for stage, slot in slots.items()}
+        return {
+            "track": self._frames.dropped,
+            "render": self._faces.dropped,
+            "show": self._results.dropped,
+        }
 
     @property
     def ended(self) -> bool:

@@ -41,11 +41,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 # A library that one file, or one job, is behind.
 ONLY_IN: dict[str, tuple[str, ...]] = {
+    "aiohttp": ("runtime/web/server.py",),
     "mediapipe": ("runtime/tracker.py",),
     "cuda": ("runtime/cuda.py", "runtime/kernel_code.py"),
     "onnxruntime": ("runtime/ort.py", "export/parity.py"),
     "openvino": ("runtime/openvino.py",),
     "numba": ("training/rasterizer.py",),
+    "pygame": ("runtime/window.py",),
+    "pyvirtualcam": ("runtime/sinks.py",),
 }
 WITHOUT_TORCH = ("training/faces.py",)  # the renderer works in an environment without PyTorch
 

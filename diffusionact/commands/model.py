@@ -47,6 +47,7 @@ def load_reenactor(arguments: argparse.Namespace) -> Reenactor:
 
     settings = Settings(
         steps=arguments.steps,
+        step_choices=getattr(arguments, "step_choices", ()),
         backend=arguments.backend,
         precision=arguments.precision,
         threads=arguments.threads,
