@@ -15,14 +15,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from diffusionact._version import __version__
-from diffusionact.commands import build, check, demo, export, import_, live, run, train
+from diffusionact.commands import (
+    bench,
+    bench_compare,
+    build,
+    check,
+    demo,
+    export,
+    import_,
+    live,
+    run,
+    train,
+)
 from diffusionact.commands.exits import INTERRUPTED, REFUSED, TERMINATED
 from diffusionact.commands.model import model_options
 from diffusionact.commands.output import talk_options
 from diffusionact.errors import DiffusionActError, SettingsError
 
 # In the order of --help; the second are those that take the options of a model.
-COMMANDS = (demo, run, live, import_, export, build, train, check)
+COMMANDS = (demo, run, live, import_, export, build, train, check, bench, bench_compare)
 OF_A_MODEL = (demo, run, live)
 LOG_VARIABLE = "DIFFUSIONACT_LOG"
 LEVELS = ("debug", "info", "warning", "error")
