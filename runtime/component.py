@@ -38,7 +38,7 @@ class Component(Protocol):
     def outputs(self) -> Mapping[str, TensorSpec]:
         """The output tensors by name, all sizes fixed."""
 
-    def bind(self, **arrays: Array) -> None:
+    def bind(self, **arrays: Any) -> None:
         """Return nothing; from now on `run` reads and writes these arrays, all of them at once.
 
         Raises: SettingsError for a tensor too few, too many or not as its spec says.

@@ -1,0 +1,297 @@
+"""The loop on a device, on a device of NumPy: it must give the pictures of `Loop`, to the bit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffusionact import manifest as manifest_file
+from diffusionact.errors import DeviceError, SettingsError
+from diffusionact.image import to_tensor, to_uint8
+from diffusionact.runtime import component as component_file
+from diffusionact.runtime import graph
+from diffusionact.runtime.graph import GraphLoop, open_graph_loop
+from diffusionact.runtime.loop import Loop, open_loop
+from tests.recording_device import OnDevice, RecordingDevice
+
+SIDE, K, Z = 32, 4, 8  # of the toy bundle
+MODES = ("step", "turbo", "eager")
+
+
+@pytest.fixture
+def open_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., GraphLoop]:
+    """Opens a bundle's loop over ONNX Runtime's networks, on a recording device."""
+
+    def make(folder: Path, device: RecordingDevice, **settings: Any) -> GraphLoop:
+        inner = component_file.open_component
+
+        def on_device(bundle: Path, manifest: Any, name: str, **how: Any) -> OnDevice:
+            assert how.pop("device") == "cuda" and how.pop("stream") == device.stream
+            assert how.pop("backend") == "toy"
+            return OnDevice(device, name, inner(bundle, manifest, name, **how, threads=1))
+
+        monkeypatch.setattr(graph, "open_component", on_device)
+        manifest = manifest_file.read(folder)
+        return open_graph_loop(folder, manifest, device, backend="toy", **settings)
+
+    return make
+
+
+@pytest.fixture
+def reference(toy_bundle: Path) -> Loop:
+    return open_loop(toy_bundle, manifest_file.read(toy_bundle), also=(2, 5), threads=1)
+
+
+def noise(seed: int) -> Any:
+    return np.random.default_rng(seed).standard_normal((1, 3, SIDE, SIDE)).astype(np.float32)
+
+
+def drawing(seed: int) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+
+
+def wanted_frame(loop: Loop, portrait: Any, condition: Any, x_T: Any) -> Any:
+    z = loop.encode(to_tensor(portrait), to_tensor(condition))
+    return to_uint8(loop.render(x_T, z))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bundle", ["toy_bundle", "own_inversion_bundle"])
+def test_it_gives_the_pictures_of_the_loop(
+    bundle: str, mode: Any, open_on: Any, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(bundle)
+    wanted = open_loop(folder, manifest_file.read(folder), threads=1)
+    seen = open_on(folder, RecordingDevice(), mode=mode)
+    assert seen.mode == mode and (seen.steps, seen.prepared) == (4, (4,))
+    for seed in (1, 5):
+        image, condition, x_T = np.clip(noise(seed), -1, 1), noise(seed + 1), noise(seed + 2)
+        z = wanted.encode(image, condition)
+        np.testing.assert_array_equal(seen.encode(image, condition), z)
+        z_seen = seen.encode(image, condition).copy()
+        np.testing.assert_array_equal(seen.invert(image, z_seen), wanted.invert(image, z))
+        np.testing.assert_array_equal(seen.render(x_T, z_seen), wanted.render(x_T, z))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_frames_are_the_loops_pictures(
+    mode: Any, open_on: Any, toy_bundle: Path, reference: Loop
+) -> None:
+    loop = open_on(toy_bundle, RecordingDevice(), mode=mode)
+    portrait, x_T = drawing(1), noise(2)
+    loop.set_source(portrait, x_T)
+    for seed in (3, 4, 3):
+        wanted = wanted_frame(reference, portrait, drawing(seed), x_T)
+        np.testing.assert_array_equal(loop.frame(drawing(seed)), wanted)
+        np.testing.assert_array_equal(loop.device_picture.host, wanted)
+        # What callers of the other members leave behind does not reach the next frame.
+        loop.invert(noise(8), loop.encode(noise(9), noise(10)))
+        loop.render(noise(11), np.ones((1, Z), np.float32))
+
+
+def test_two_frames_are_on_their_way(open_on: Any, toy_bundle: Path, reference: Loop) -> None:
+    device = RecordingDevice()
+    loop = open_on(toy_bundle, device, mode="step")
+    portrait, x_T, canvas = drawing(1), noise(2), np.zeros((SIDE, SIDE, 3), np.uint8)
+    loop.set_source(portrait, x_T)
+    wanted = [wanted_frame(reference, portrait, drawing(seed), x_T) for seed in range(5)]
+    waits, tickets = device.waits, []
+    for seed in range(5):
+        canvas[...] = drawing(seed)
+        tickets.append(loop.submit(canvas))
+        canvas[...] = 0  # it is the caller's again
+        if seed:
+            np.testing.assert_array_equal(loop.result(tickets[seed - 1]), wanted[seed - 1])
+    np.testing.assert_array_equal(loop.result(tickets[4]), wanted[4])
+    np.testing.assert_array_equal(loop.result(tickets[3]), wanted[3])
+    assert device.waits == waits, "a frame waits for its own mark, not for the stream"
+    for gone in (tickets[2], tickets[4] + 1, -1):
+        with pytest.raises(SettingsError, match="5 were submitted"):
+            loop.result(gone)
+
+
+def test_a_frame_is_these_operations_in_this_order(open_on: Any, toy_bundle: Path) -> None:
+    device = RecordingDevice()
+    loop = open_on(toy_bundle, device, mode="step")
+    loop.set_source(drawing(1), noise(2))
+    loop.frame(drawing(3))
+    device.launched.clear()
+    loop.frame(drawing(4))
+    assert [operation[0] for operation in device.launched] == [
+        "upload", "pack", "pack", "graph", "start", "graph", *["graph"] * 4, "unpack",
+        "download", "event",
+    ]  # fmt: skip
+    encode, modulate, *steps = (o[1] for o in device.launched if o[0] == "graph")
+    assert len({encode, modulate, *steps}) == 3
+
+
+def test_addresses_lead_from_the_drawing_to_the_picture(open_on: Any, toy_bundle: Path) -> None:
+    device = RecordingDevice()
+    loop = open_on(toy_bundle, device, mode="step")
+    loop.set_source(drawing(1), noise(2))
+    loop.frame(drawing(3))  # sends the tables of this run
+    device.launched.clear()
+    loop.frame(drawing(3))
+    done: list[Any] = []
+    for operation in device.launched:
+        parts = device.graphs[operation[1]].parts if operation[0] == "graph" else None
+        done.extend([part[0] for part in parts] if parts is not None else [operation])
+    upload, pack_image, pack, encoder, start, modulation, *steps, unpack, download, _ = done
+    assert [step[0] for step in steps] == ["take_row", "unet_step", "ddim_step", "next_step"] * 4
+    assert steps[:4] == steps[4:8] == steps[8:12] == steps[12:], "one step serves all"
+    _, image, condition, z = encoder
+    assert upload[1] == pack[1] != pack_image[1]
+    assert (pack_image[2], pack[2]) == (image, condition)
+    _, z_of_modulation, _, scales, shifts = modulation
+    assert z_of_modulation == z
+    take_row, network, ddim_step, next_step = steps[:4]
+    _, x, scale, shift, prediction = network
+    counter = next_step[1]
+    assert take_row[1:3] == (scales, shifts) and take_row[4:] == (counter, scale, shift)
+    assert start[1] == x and start[3] == counter
+    assert (ddim_step[1], ddim_step[2], ddim_step[4]) == (x, prediction, counter)
+    assert unpack == ("unpack", x, download[1])
+    assert download[1] == loop.device_picture.ptr
+
+
+def test_the_tables_are_the_schedules(open_on: Any, toy_bundle: Path) -> None:
+    device = RecordingDevice()
+    loop = open_on(toy_bundle, device, also=(2,), mode="step")
+    manifest = manifest_file.read(toy_bundle)
+    loop.set_source(drawing(1), noise(2))
+    for steps in (4, 2):
+        loop.set_steps(steps)
+        loop.frame(drawing(3))
+        run = graph.runs(manifest, steps)[0]
+        recorded = {part[0][0]: part[0] for g in device.graphs for part in g.parts}
+        coefficients = device.places[recorded["ddim_step"][3]].host[:steps]
+        rows = device.places[recorded["take_row"][3]].host[:steps]
+        np.testing.assert_array_equal(coefficients, np.array([s[1:] for s in run.steps], "f4"))
+        np.testing.assert_array_equal(rows, [s.row for s in run.steps])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_steps_change_between_frames_and_nothing_is_recorded_anew(
+    mode: Any, open_on: Any, toy_bundle: Path, reference: Loop
+) -> None:
+    device = RecordingDevice()
+    loop = open_on(toy_bundle, device, also=(2, 5), mode=mode)
+    portrait, x_T = drawing(1), noise(2)
+    loop.set_source(portrait, x_T)
+    graphs, allocated = len(device.graphs), device.allocated
+    for steps in (2, 4, 5, 2):
+        loop.set_steps(steps)
+        reference.set_steps(steps)
+        assert loop.steps == steps
+        wanted = wanted_frame(reference, portrait, drawing(3), x_T)
+        np.testing.assert_array_equal(loop.frame(drawing(3)), wanted)
+        loop.invert(noise(4), np.ones((1, Z), np.float32))  # its tables replace those of render
+        np.testing.assert_array_equal(loop.frame(drawing(3)), wanted)
+    assert (len(device.graphs), device.allocated) == (graphs, allocated)
+    with pytest.raises(SettingsError, match="steps=3: prepared are 2, 4, 5"):
+        loop.set_steps(3)
+
+
+def test_tables_are_sent_only_when_the_run_changes(open_on: Any, toy_bundle: Path) -> None:
+    device = RecordingDevice()
+    loop = open_on(toy_bundle, device, also=(2,), mode="step")
+    loop.set_source(drawing(1), noise(2))
+    loop.frame(drawing(3))
+    device.launched.clear()
+    loop.frame(drawing(3))
+    assert sum(operation[0] == "upload" for operation in device.launched) == 1  # the drawing
+    loop.set_steps(2)
+    device.launched.clear()
+    loop.frame(drawing(3))
+    assert sum(operation[0] == "upload" for operation in device.launched) == 3
+
+
+@pytest.mark.parametrize("refused", ["unet_step", "encoder", "modulation"])
+def test_what_cannot_be_recorded_is_launched_as_it_comes(
+    refused: str, open_on: Any, toy_bundle: Path, reference: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = RecordingDevice(refuses=[refused])
+    with caplog.at_level(logging.WARNING, "diffusionact"):
+        loop = open_on(toy_bundle, device)
+    assert loop.mode == "eager" and f"{refused} cannot be recorded" in str(loop.why_eager)
+    assert len(caplog.records) == 1, "once, not for each network"
+    portrait, x_T = drawing(1), noise(2)
+    loop.set_source(portrait, x_T)
+    wanted = wanted_frame(reference, portrait, drawing(3), x_T)
+    np.testing.assert_array_equal(loop.frame(drawing(3)), wanted)
+
+
+def test_when_only_the_long_graph_fails_the_step_stays_recorded(
+    open_on: Any, toy_bundle: Path, reference: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = RecordingDevice()
+    capture = device.capture
+
+    def short(work: Any) -> Any:
+        made = capture(work)
+        if len(made.parts) > 4:
+            raise DeviceError("too many nodes")
+        return made
+
+    monkeypatch.setattr(device, "capture", short)
+    loop = open_on(toy_bundle, device)
+    assert (loop.mode, loop.why_eager) == ("step", None)
+    loop.set_source(drawing(1), noise(2))
+    wanted = wanted_frame(reference, drawing(1), drawing(3), noise(2))
+    np.testing.assert_array_equal(loop.frame(drawing(3)), wanted)
+
+
+@pytest.mark.parametrize(("launch_s", "node_s", "mode"), [(10.0, 1.0, "turbo"), (1.0, 1.0, "step")])
+def test_the_faster_way_is_taken(
+    launch_s: float, node_s: float, mode: str,
+    open_on: Any, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of a device where a launch takes so long, and a node of a graph so long."""
+    device = RecordingDevice()
+    now = [0.0]
+    enqueue = device.enqueue
+
+    def timed(operation: Any, work: Any) -> None:
+        if not device.is_recording:
+            nodes = len(device.graphs[operation[1]].parts) if operation[0] == "graph" else 1
+            penalty = node_s * nodes if mode == "turbo" or nodes <= 4 else 2 * node_s * nodes
+            now[0] += launch_s + penalty
+        enqueue(operation, work)
+
+    monkeypatch.setattr(device, "enqueue", timed)
+    monkeypatch.setattr(graph.time, "perf_counter", lambda: now[0])
+    loop = open_on(toy_bundle, device, also=(2,))
+    assert loop.mode == mode
+    assert (loop.seconds["turbo"] < loop.seconds["step"]) == (mode == "turbo")
+    loop.set_source(drawing(1), noise(2))
+    for steps, count in ((4, 4), (2, 2)):
+        loop.set_steps(steps)
+        device.launched.clear()
+        loop.frame(drawing(3))
+        launched = sum(operation[0] == "graph" for operation in device.launched)
+        assert launched == 2 + (1 if mode == "turbo" else count)
+
+
+def test_frames_of_the_device_are_not_copied_to_the_host(
+    open_on: Any, toy_bundle: Path, reference: Loop
+) -> None:
+    device = RecordingDevice()
+    loop = open_on(toy_bundle, device, mode="step")
+
+    def there(array: Any) -> Any:
+        made = device.empty(array.shape, str(array.dtype))
+        made.host[...] = array
+        return made
+
+    loop.set_source(there(drawing(1)), there(noise(2)))
+    loop.frame(there(drawing(4)))  # sends the tables of this run
+    device.launched.clear()
+    picture = loop.frame(there(drawing(3)))
+    assert [o[0] for o in device.launched if o[0] in ("upload", "download")] == ["download"]
+    wanted = wanted_frame(reference, drawing(1), drawing(3), noise(2))
+    np.testing.assert_array_equal(picture, wanted)
