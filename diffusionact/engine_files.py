@@ -243,6 +243,39 @@ def verify(path: Path) -> Found:
     return Found("valid", f"{path}: as it was built", path, manifest)
 
 
+def judge(
+    bundle_dir: Path,
+    path: Path,
+    manifest: Manifest,
+    gpu: Gpu | None,
+    versions: Mapping[str, str],
+) -> Found:
+    """Return whether an engine file may be run for the bundle as it is now.
+
+    gpu: of this machine, None leaves what the engine was made for out of the question; versions:
+    of the libraries that are installed, by name.
+    """
+    found = verify(path)
+    key = found.manifest.key if found.manifest else None
+    if key is None:
+        mend = f"run: diffusionact build {Path(bundle_dir)}"
+        return replace(found, reason=f"{found.reason}; {mend}")
+    part = manifest.components.get(key.component)
+    wanted = replace(
+        key,
+        onnx_sha256=part.sha256 if part else "",
+        recipe=RECIPE,
+        version=versions.get(key.library, key.version),
+    )
+    if gpu is not None:
+        wanted = replace(wanted, targets=(gpu.target,), gpu=gpu.name, driver_major=gpu.driver_major)
+    problem = _mismatch(key, wanted)
+    if problem is None:
+        return found
+    state, why = problem
+    return Found(state, f"{path}: {why}; run: {build_command(bundle_dir, wanted)}", path)
+
+
 def engine_paths(bundle_dir: Path, component: str = "*") -> Iterator[Path]:
     """Yield the engines of a bundle, of one component or of all."""
     for folder in folders(bundle_dir):

@@ -112,56 +112,6 @@ def test_quiet_prints_nothing(
     assert capsys.readouterr() == ("", "")
 
 
-def test_check_passes_a_good_bundle(toy_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", str(toy_bundle), "--json"]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    passed = {finding["subject"]: finding["passed"] for finding in found}
-    assert passed["backend ort"] and passed["bundle"] and passed["repeatability ort"]
-    assert passed["numpy"] is None and passed["parity"] is None
-
-
-@pytest.mark.parametrize("mean_error", [1e-5, 2e-4, "x"])
-def test_check_tells_the_parity_of_the_export(
-    toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mean_error: object
-) -> None:
-    bundle = tmp_path / "recorded.bundle"
-    shutil.copytree(toy_bundle, bundle)
-    row = {"what": "unet_step", "max_error": 5e-4, "mean_error": mean_error,
-           "max_allowed": 1e-3, "mean_allowed": 1e-4}  # fmt: skip
-    (bundle / "parity.json").write_text(json.dumps({"versions": {}, "rows": [row]}))
-    assert cli.main(["check", str(bundle)]) == (0 if mean_error == 1e-5 else 1)
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if " parity " in line)
-    if mean_error == "x":
-        assert line.startswith("FAILED parity") and "export the bundle again" in line
-    else:
-        assert line.startswith("ok " if mean_error == 1e-5 else "FAILED ")
-        assert "parity unet_step" in line and "max 5.0e-04 of 1e-03" in line
-
-
-def test_check_fails_a_backend_that_does_not_repeat(
-    toy_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from diffusionact.runtime.loop import Loop
-
-    count = iter(range(100))
-    monkeypatch.setattr(
-        Loop, "render", lambda self, x_T, z: np.full((1, 3, 4, 4), next(count), np.float32)
-    )
-    assert cli.main(["check", str(toy_bundle)]) == 1
-    assert "FAILED repeatability ort" in capsys.readouterr().out
-
-
-def test_check_fails_a_damaged_bundle(
-    toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    damaged = tmp_path / "damaged.bundle"
-    shutil.copytree(toy_bundle, damaged)
-    with (damaged / "encoder.onnx").open("ab") as file:
-        file.write(b"x")
-    assert cli.main(["check", str(damaged)]) == 1
-    assert "FAILED bundle" in capsys.readouterr().out
-
-
 def test_a_damaged_bundle_is_refused(
     toy_bundle: Path,
     files: tuple[Path, Path],

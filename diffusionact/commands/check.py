@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from diffusionact.assets import bundle_path
@@ -30,5 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     for finding in findings(Path(arguments.bundle)):
         passed = passed and finding.passed is not False
         mark = {True: "ok", False: "FAILED", None: "-"}[finding.passed]
-        say(arguments, vars(finding), f"{mark:<7}{finding.subject:<24} {finding.detail}")
+        text = f"{mark:<7}{finding.subject:<28} {finding.detail}"
+        if finding.command and finding.command not in finding.detail:
+            text += f"\n{'':<36}run: {finding.command}"
+        say(arguments, dataclasses.asdict(finding), text)
     return DONE if passed else FAILED

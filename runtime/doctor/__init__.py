@@ -1,0 +1,1 @@
+"""The parts of `diffusionact check`: what is here, what runs, what is damaged."""
