@@ -24,6 +24,7 @@ from diffusionact.errors import SettingsError
 from diffusionact.landmarks import Track
 from diffusionact.runtime.choice import choose
 from diffusionact.runtime.component import BACKENDS
+from diffusionact.runtime.component import precisions as precisions_on
 from diffusionact.runtime.contest import Contestant, contest, peak_memory_mib
 from diffusionact.runtime.media import FRAME_NS, open_reader, read_image
 from diffusionact.runtime.motion import driver_motion
@@ -192,17 +193,15 @@ class Rig:
             device=self._task.device,
             threads=variant.threads,
         )
-        module = importlib.import_module(BACKENDS[chosen.backend])
+        device, known = _backend(chosen.backend, self._task.device)
         at = plan.render.at(variant.steps, plan.schedule.total)
         return {
             "backend": chosen.backend,
-            "precision": _precisions(chosen.backend)[0]
-            if chosen.precision == "auto"
-            else chosen.precision,
+            "precision": known[0] if chosen.precision == "auto" else chosen.precision,
             "steps": len(at),
             "timesteps": [int(t) for t in at],
             "threads": variant.threads or machine.cores(),
-            "device": module.DEVICES[0] if self._task.device == "auto" else self._task.device,
+            "device": device,
         }
 
 
@@ -262,6 +261,7 @@ def variants_of(
     precisions: Sequence[str],
     steps: Sequence[int | None],
     threads: Sequence[int],
+    device: str = "auto",
 ) -> list[Variant]:
     """Return all combinations but those whose precision the backend does not have here.
 
@@ -272,20 +272,22 @@ def variants_of(
         for backend, precision, count, number in itertools.product(
             backends, precisions, steps, threads
         )
-        if "auto" in (backend, precision) or precision in _precisions(backend)
+        if "auto" in (backend, precision) or precision in _backend(backend, device)[1]
     ]
     if not made:
-        had = "; ".join(f"{name}: {', '.join(_precisions(name))}" for name in backends)
+        had = "; ".join(f"{name}: {', '.join(_backend(name, device)[1])}" for name in backends)
         raise SettingsError(f"no backend computes in {', '.join(precisions)} here ({had})")
     return made
 
 
-def _precisions(backend: str) -> tuple[str, ...]:
-    if backend not in BACKENDS:
+def _backend(name: str, device: str) -> tuple[str, tuple[str, ...]]:
+    """The device that a backend takes, and its precisions there, the best first."""
+    if name not in BACKENDS:
         known = ", ".join(("auto", *BACKENDS))
-        raise SettingsError(f"backend {backend!r} is not known; choose from: {known}")
-    found: tuple[str, ...] = importlib.import_module(BACKENDS[backend]).PRECISIONS
-    return found
+        raise SettingsError(f"backend {name!r} is not known; choose from: {known}")
+    module = importlib.import_module(BACKENDS[name])
+    chosen = module.DEVICES[0] if device == "auto" else device
+    return chosen, precisions_on(module, chosen)
 
 
 def measure(

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from diffusionact.errors import BundleError, DeviceError, SettingsError
 from diffusionact.manifest import Manifest, TensorSpec
+from diffusionact.runtime.trace import recording
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -104,7 +105,8 @@ def open_component(
         precision=rounding,
         **on_stream,
     )
-    return component
+    recorder = recording()
+    return component if recorder is None else recorder.watched(name, component)
 
 
 def precisions(module: Any, device: str) -> tuple[str, ...]:

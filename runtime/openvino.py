@@ -27,6 +27,7 @@ from diffusionact.errors import BackendMissing, BundleError
 from diffusionact.files import write_whole
 from diffusionact.manifest import TensorSpec, file_sha256
 from diffusionact.runtime.component import check_bound
+from diffusionact.runtime.trace import Layer, recording
 
 # Importing openvino reports the import to its makers over the network, unless the package that
 # does so cannot be imported: then openvino takes the empty one that it brings along.
@@ -100,6 +101,34 @@ class OpenvinoComponent:
         self._request.wait()
 
 
+class _ProfiledComponent(OpenvinoComponent):
+    """The same, which notes what its layers took while a trace is recorded."""
+
+    def __init__(
+        self,
+        model: _Compiled,
+        inputs: Mapping[str, TensorSpec],
+        outputs: Mapping[str, TensorSpec],
+    ) -> None:
+        super().__init__(model, inputs, outputs)
+        self._noted: list[list[Layer]] = []
+
+    def note(self) -> None:
+        """Return nothing; the layers of the call that has ended are kept."""
+        begun_us, layers = 0, []
+        for node in self._request.get_profiling_info():  # durations alone, in their order
+            spent_us = round(node.real_time.total_seconds() * 1e6)
+            if spent_us:
+                kind = f"{node.node_type} {node.exec_type}"
+                layers.append(Layer(node.node_name, kind, begun_us * 1000, spent_us * 1000))
+            begun_us += spent_us
+        self._noted.append(layers)
+
+    def layers(self) -> list[list[Layer]]:
+        """Return the layers of every call, one behind the other."""
+        return self._noted
+
+
 def open_model(
     path: Path,
     inputs: Mapping[str, TensorSpec],
@@ -118,6 +147,7 @@ def open_model(
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
+        "PERF_COUNT": recording() is not None,
     }
     try:
         model = _compiled(path, inputs, outputs, config)
@@ -125,7 +155,8 @@ def open_model(
         raise BundleError(
             f"{path}: OpenVINO {openvino.__version__} cannot open it ({_first_line(error)}). {_MEND}"
         ) from error
-    return OpenvinoComponent(model, inputs, outputs)
+    kind = OpenvinoComponent if recording() is None else _ProfiledComponent
+    return kind(model, inputs, outputs)
 
 
 def _compiled(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,6 +16,7 @@ import numpy.typing as npt
 from diffusionact.errors import BackendMissing, BundleError, DeviceError
 from diffusionact.manifest import TensorSpec
 from diffusionact.runtime.component import check_bound
+from diffusionact.runtime.trace import Layer, onnxruntime_layers, recording
 
 try:
     import onnxruntime
@@ -64,6 +67,13 @@ class OrtComponent:
 
     def run(self) -> None:
         self._session.run_with_iobinding(self._binding, self._how)
+
+    def layers(self) -> list[list[Layer]]:
+        """Return the layers of every call, of a model opened while a trace was recorded."""
+        profile = Path(self._session.end_profiling())
+        made = onnxruntime_layers(profile)
+        shutil.rmtree(profile.parent)
+        return made
 
     def _address(self, array: Any) -> int:
         if self._device == "cpu":
@@ -138,6 +148,10 @@ def _preload() -> None:
 def _options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    if recording() is not None:
+        options.enable_profiling = True
+        folder = tempfile.mkdtemp(prefix="diffusionact-profile-")
+        options.profile_file_prefix = str(Path(folder) / "onnxruntime")
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Threads that spin between operators gain nothing on a quiet machine and halve the speed on a

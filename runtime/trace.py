@@ -41,7 +41,10 @@ class Layer(NamedTuple):
 
 @runtime_checkable
 class Profiled(Protocol):
-    """What a component may have beside its four members while a Recorder records."""
+    """What a component may have beside its four members while a Recorder records.
+
+    Where it has `note()` too, this is called after every call, outside of its time.
+    """
 
     def layers(self) -> Sequence[Sequence[Layer]]:
         """Return the layers of every call so far, in order; no call may follow."""
@@ -159,6 +162,7 @@ class _Watched:
     def __init__(self, calls: _Calls) -> None:
         self._calls = calls
         self._run, self._spans = calls.component.run, calls.spans
+        self._note = getattr(calls.component, "note", lambda: None)
         self._mark = _nvtx_range()
 
     def __getattr__(self, name: str) -> Any:  # inputs, outputs, bind and what a backend adds
@@ -170,6 +174,7 @@ class _Watched:
             self._run()
         spent_ns = time.monotonic_ns() - begun_ns
         self._spans.append((begun_ns, spent_ns, threading.get_ident()))
+        self._note()
 
 
 def _nvtx_range() -> Any:
@@ -183,7 +188,7 @@ def _nvtx_range() -> Any:
 
 def _call_spans(calls: _Calls) -> Iterator[Span]:
     """A component's calls, each with its layers inside it."""
-    profiled = isinstance(calls.component, Profiled) and bool(calls.spans)
+    profiled = isinstance(calls.component, Profiled)
     runs = calls.component.layers() if profiled else []
     if profiled and len(runs) != len(calls.spans):
         raise RuntimeError(

@@ -72,7 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
         "whole" if arguments.whole else "render",
     )
     variants = variants_of(
-        arguments.backend, arguments.precision, arguments.steps, arguments.threads
+        arguments.backend,
+        arguments.precision,
+        arguments.steps,
+        arguments.threads,
+        arguments.device,
     )
     with StageProgress(quiet=arguments.quiet) as progress:
         made = measure(
