@@ -6,7 +6,7 @@ nothing, looks up no names and branches on no setting.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -109,20 +109,26 @@ class Loop:
     """Encoder, render and inversion over components of any backend."""
 
     def __init__(
-        self, encoder: Component, render: Pass, invert: Pass, others: Sequence[Pass] = ()
+        self,
+        encoder: Component,
+        render: Pass,
+        invert: Pass | Callable[[], Pass],
+        others: Sequence[Pass] = (),
     ) -> None:
-        """others: further ways to render, over the step network of the first, for `set_steps`."""
+        """invert: or what opens it, where it has weights of its own: memory that is only taken
+        while a portrait is inverted; others: further ways to render, over the step network of the
+        first, for `set_steps`.
+        """
         self._encoder = encoder
         self._image = _buffer(encoder.inputs["image"])
         self._condition = _buffer(encoder.inputs["condition"])
         self._z = _buffer(encoder.outputs["z"])
         encoder.bind(image=self._image, condition=self._condition, z=self._z)
-        shared = render.unet_step is invert.unet_step
         bound_step = _BoundStep(render.unet_step)
         samplers = [_Sampler(one, bound_step) for one in (render, *others)]
         self._render = samplers[0]
         self._prepared = {sampler.steps: sampler for sampler in reversed(samplers)}
-        self._invert = _Sampler(invert, bound_step if shared else _BoundStep(invert.unet_step))
+        self._inverter = _inverter(invert, bound_step, render.unet_step)
 
     @property
     def steps(self) -> int:
@@ -167,7 +173,23 @@ class Loop:
 
         x_0: float32 [1,3,S,S] in [-1, 1]; z: float32 [1,Z]. Source: DiffusionAct, Eq. 1-3.
         """
-        return self._invert.sample(x_0, z).copy()
+        return self._inverter().sample(x_0, z).copy()
+
+
+def _inverter(
+    invert: Pass | Callable[[], Pass], bound_step: _BoundStep, unet_step: Component
+) -> Callable[[], _Sampler]:
+    """What gives the sampler of inversion: always the same, or each time one of its own."""
+    if isinstance(invert, Pass):
+        shared = invert.unet_step is unet_step
+        sampler = _Sampler(invert, bound_step if shared else _BoundStep(invert.unet_step))
+        return lambda: sampler
+
+    def opened() -> _Sampler:
+        direction = invert()
+        return _Sampler(direction, _BoundStep(direction.unet_step))
+
+    return opened
 
 
 def open_loop(
@@ -180,19 +202,20 @@ def open_loop(
     device: str = "auto",
     precision: str = "auto",
     threads: int = 0,
+    wrap: Callable[[str, Component], Component] | None = None,
 ) -> Loop:
     """Return the loop of a bundle.
 
     steps: of render, a count or the timesteps themselves; None takes the manifest's choice;
     also: counts to prepare besides, between which `Loop.set_steps` changes at no cost;
     backend, precision: as of open_component, which knows no choice between backends; for that see
-    runtime/choice.py.
+    runtime/choice.py; wrap: makes of a component, by its name, the one that is used.
 
     Raises: what open_component raises, and SettingsError for steps that no schedule gives.
     """
 
     def component(name: str, count: int) -> Component:
-        return open_component(
+        opened = open_component(
             bundle_dir,
             manifest,
             name,
@@ -202,6 +225,7 @@ def open_loop(
             threads=threads,
             sizes={"N": count},
         )
+        return wrap(name, opened) if wrap else opened
 
     def direction(run: Run, suffix: str, unet_step: Component) -> Pass:
         count = len(run.timesteps)
@@ -215,8 +239,11 @@ def open_loop(
     step = component("unet_step", 1)
     own = "unet_step_invert" in manifest.components
     render = direction(render_run, "", step)
-    step_invert = component("unet_step_invert", 1) if own else step
-    invert = direction(inversion_run, "_invert" if own else "", step_invert)
+
+    def own_inversion() -> Pass:
+        return direction(inversion_run, "_invert", component("unet_step_invert", 1))
+
+    invert = own_inversion if own else direction(inversion_run, "", step)
     counts = sorted(set(also) - {len(render_run.timesteps)})
     others = [direction(runs(manifest, count)[0], "", step) for count in counts]
     return Loop(component("encoder", 1), render, invert, others)
