@@ -86,7 +86,13 @@ def open_tracker_of(
 
     networks = {
         name: open_component(
-            bundle_dir, manifest, name, backend=backend, device=device, threads=threads
+            bundle_dir,
+            manifest,
+            name,
+            backend=backend,
+            device=device,
+            precision="fp32",  # coordinates: bfloat16 has 8 bits for them
+            threads=threads,
         )
         for name in NETWORKS
     }

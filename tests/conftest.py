@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,30 @@ if TYPE_CHECKING:
     import onnx
 
 TOY_SIDE, TOY_Z, TOY_K = 32, 8, 4
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache directory of this run of the tests, for child processes too."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFUSIONACT_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def onnx_runtime_is_the_default(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backend "auto" is ONNX Runtime in the tests' own process, on any machine and however busy
+    it is; test_choice.py, and every command that is run as a program, get the measured one."""
+    if "measured_choice" not in request.fixturenames:
+        monkeypatch.setattr("diffusionact.runtime.choice.installed", lambda library: False)
+
+
+@pytest.fixture
+def measured_choice() -> None:
+    """The product's own choice of a backend."""
 
 
 def _toy_weights() -> dict[str, npt.NDArray[np.float32]]:
