@@ -25,6 +25,7 @@ from diffusionact.commands import (
     import_,
     live,
     run,
+    serve,
     train,
 )
 from diffusionact.commands.exits import INTERRUPTED, REFUSED, TERMINATED
@@ -33,8 +34,8 @@ from diffusionact.commands.output import talk_options
 from diffusionact.errors import DiffusionActError, SettingsError
 
 # In the order of --help; the second are those that take the options of a model.
-COMMANDS = (demo, run, live, import_, export, build, train, check, bench, bench_compare)
-OF_A_MODEL = (demo, run, live)
+COMMANDS = (demo, run, live, serve, import_, export, build, train, check, bench, bench_compare)
+OF_A_MODEL = (demo, run, live, serve)
 LOG_VARIABLE = "DIFFUSIONACT_LOG"
 LEVELS = ("debug", "info", "warning", "error")
 

@@ -1,0 +1,84 @@
+"""`diffusionact serve`: the page."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffusionact.commands.exits import DONE
+from diffusionact.commands.extras import extra
+from diffusionact.commands.model import load_reenactor
+from diffusionact.commands.output import say
+
+if TYPE_CHECKING:
+    from diffusionact.runtime.web.server import Server, Site
+
+HELP = "A page in the browser: a portrait that follows the camera."
+PORT = 8600
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen (default: 127.0.0.1, this machine only); others need --token",
+    )
+    add("--port", type=int, default=PORT, metavar="N", help=f"(default: {PORT})")
+    add("--token", metavar="TEXT", help="wanted of every page; `new` makes one and prints it")
+    add("--allow-host", action="append", default=[], metavar="NAME", help="a name it goes by")
+    add("--tls", nargs=2, metavar=("CERT", "KEY"), help="https: certificate and key, PEM")
+    add("--sessions", type=int, default=4, metavar="N", help="at once (default: 4)")
+    add(
+        "--idle",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="seconds without a face until a session is closed (default: 120)",
+    )
+    parser.set_defaults(crop=False, absolute_pose=False, smoothing=1.0, compat=None)
+    # The camera's face is measured, never coded: sessions do not share a published tracker.
+    parser.set_defaults(tracker="mediapipe")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve the page until interrupted."""
+    with extra("serve"):
+        from diffusionact.runtime.web.server import Site, serve
+    from diffusionact.runtime.web.studio import Studio
+    from diffusionact.runtime.web.visitor import Limits
+
+    token = secrets.token_urlsafe(24) if arguments.token == "new" else arguments.token
+    tls = tuple(Path(path) for path in arguments.tls) if arguments.tls else None
+    site = Site(
+        host=arguments.host,
+        port=arguments.port,
+        token=token,
+        names=tuple(arguments.allow_host),
+        sessions=arguments.sessions,
+        tls=(tls[0], tls[1]) if tls else None,
+        limits=Limits(idle_s=arguments.idle),
+    )
+    with load_reenactor(arguments) as act:
+        asyncio.run(serve(Studio(act), site, lambda server: _tell(arguments, site, server)))
+    return DONE
+
+
+def _tell(arguments: argparse.Namespace, site: Site, server: Server) -> None:
+    """Print where the page is, and what it lacks."""
+    scheme = "https" if site.tls else "http"
+    host = "localhost" if site.host in ("127.0.0.1", "::1") else site.host
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{site.port}/"
+    url += f"#token={site.token}" if site.token else ""
+    lines = [f"the page is at {url}  (end with Ctrl+C)"]
+    if not server.has_web_tracker:
+        lines.append(
+            "the page's own tracker is not installed: cameras are sent as pictures, to be tracked "
+            "here. With npm, `make env` fetches it (or install again)"
+        )
+    values = {"url": url, "web_tracker": server.has_web_tracker}
+    say(arguments, values, "\n".join(lines))

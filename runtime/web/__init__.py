@@ -1,0 +1,1 @@
+"""The page and its server: `diffusionact serve`. docs/serve.md has the protocol."""

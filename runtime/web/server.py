@@ -1,0 +1,285 @@
+"""The server of the page: its files, and one WebSocket for each visitor.
+
+aiohttp is behind this file alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aiohttp import WSMsgType, web
+
+import diffusionact.runtime as runtime_package
+from diffusionact.errors import SettingsError
+from diffusionact.landmarks import MESH_IRISES, MESH_TO_POINTS
+from diffusionact.runtime.web.guard import Guard, is_local
+from diffusionact.runtime.web.messages import MAX_MESSAGE_BYTES, MAX_PICTURE_BYTES, PROTOCOL, UNITS
+from diffusionact.runtime.web.pictures import FRAME_SIDE, PORTRAIT_SIDE
+from diffusionact.runtime.web.studio import Studio
+from diffusionact.runtime.web.visitor import Close, Leave, Limits, Visitor
+
+PORT = 8600
+SUBPROTOCOL = "diffusionact"
+TOKEN_PREFIX = "token."  # a second subprotocol: the one header that a page may set
+HEARTBEAT_S = 15.0
+PAGE = Path(__file__).parent / "page"
+TRACKER_PLACES = ("web/tracker", "web/node_modules/@mediapipe/face_mesh")
+TRACKER_FILES = (
+    "face_mesh.js",
+    "face_mesh.binarypb",
+    "face_mesh_solution_packed_assets.data",
+    "face_mesh_solution_packed_assets_loader.js",
+    "face_mesh_solution_simd_wasm_bin.js",
+    "face_mesh_solution_simd_wasm_bin.wasm",
+)
+TYPES = {
+    ".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml",
+    ".png": "image/png", ".wasm": "application/wasm",
+}  # fmt: skip
+# No inline script, nothing from elsewhere. The glue of the page's tracker makes functions from
+# text (embind), so that where it is served, 'unsafe-eval' is added.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' "
+    "blob: data:; media-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+    "Cache-Control": "no-cache",
+}
+_log = logging.getLogger("diffusionact.serve")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a server listens and whom it lets in. names: host names it goes by, beside localhost
+    and numbers; tls: certificate and key files."""
+
+    host: str = "127.0.0.1"
+    port: int = PORT
+    token: str | None = None
+    names: tuple[str, ...] = ()
+    sessions: int = 4
+    tls: tuple[Path, Path] | None = None
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not is_local(self.host) and self.token is None:
+            raise SettingsError(
+                f"--host {self.host} lets other machines in: it needs --token TEXT as well, or "
+                "--token new for a fresh one"
+            )
+        if not 1 <= self.sessions <= 64:
+            raise SettingsError(f"--sessions {self.sessions}; wanted 1 to 64")
+
+
+class Server:
+    """One site over one studio."""
+
+    def __init__(self, studio: Studio, site: Site) -> None:
+        self._studio, self._site = studio, site
+        self._guard = Guard(site.token, (*site.names, site.host))
+        self._sockets: set[web.WebSocketResponse] = set()
+        self._tracker_dir = web_tracker()
+        policy = POLICY
+        if self._tracker_dir is not None:
+            policy = policy.replace("script-src 'self'", "script-src 'self' 'unsafe-eval'")
+        self._headers = {**HEADERS, "Content-Security-Policy": policy}
+
+    def app(self) -> web.Application:
+        """Return the routes."""
+        app = web.Application(middlewares=[self._guarded], client_max_size=4096)
+        app.router.add_get("/", self._index)
+        app.router.add_get("/api/site", self._about)
+        app.router.add_get("/api/drive", self._drive)
+        app.router.add_get("/portraits/{name}.png", self._portrait)
+        app.router.add_get("/page/{name}", self._file(PAGE, {p.name for p in PAGE.iterdir()}))
+        if self._tracker_dir is not None:
+            route = self._file(self._tracker_dir, set(TRACKER_FILES))
+            app.router.add_get("/tracker/{name}", route)
+        app.on_shutdown.append(self._shut)
+        return app
+
+    @property
+    def has_web_tracker(self) -> bool:
+        """Whether pages can track by themselves."""
+        return self._tracker_dir is not None
+
+    @web.middleware
+    async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Refuse strangers; put the headers on all else."""
+        host = request.headers.get("Host")
+        if not self._guard.knows_host(host):
+            return web.Response(
+                status=421,
+                text="this server does not go by that name; start it with --allow-host NAME\n",
+                headers=self._headers,
+            )
+        if not self._guard.knows_origin(request.headers.get("Origin"), host):
+            return web.Response(status=403, text="not from another site\n", headers=self._headers)
+        try:
+            response = await handler(request)
+        except web.HTTPException as error:
+            error.headers.update(self._headers)
+            raise
+        if not response.prepared:
+            response.headers.update(self._headers)
+        return response
+
+    async def _index(self, request: web.Request) -> web.StreamResponse:
+        return _whole(PAGE / "index.html")
+
+    async def _portrait(self, request: web.Request) -> web.StreamResponse:
+        path = self._studio.portraits.get(request.match_info["name"])
+        if path is None:
+            raise web.HTTPNotFound
+        return _whole(path)
+
+    async def _about(self, request: web.Request) -> web.StreamResponse:
+        """What the page has to know; nothing of it is secret."""
+        return web.json_response(
+            {
+                "protocol": PROTOCOL,
+                "model": self._studio.model,
+                "portraits": sorted(self._studio.portraits),
+                "token": self._site.token is not None,
+                "seats": {"all": self._site.sessions, "taken": len(self._sockets)},
+                "tracker": self.has_web_tracker,
+                "mesh": {"points": MESH_TO_POINTS, "irises": MESH_IRISES, "units": UNITS},
+                "limits": {
+                    "frameSide": FRAME_SIDE,
+                    "frameBytes": MAX_PICTURE_BYTES,
+                    "portraitSide": PORTRAIT_SIDE,
+                    "idleSeconds": self._site.limits.idle_s,
+                },
+            }
+        )
+
+    def _file(self, folder: Path, names: set[str]) -> Handler:
+        async def give(request: web.Request) -> web.StreamResponse:
+            name = request.match_info["name"]
+            if name not in names:
+                raise web.HTTPNotFound
+            return _whole(folder / name)
+
+        return give
+
+    async def _drive(self, request: web.Request) -> web.StreamResponse:
+        """Serve one visitor until one of both has had enough."""
+        socket = web.WebSocketResponse(
+            protocols=(SUBPROTOCOL,),
+            heartbeat=HEARTBEAT_S,
+            max_msg_size=MAX_MESSAGE_BYTES,
+            compress=False,
+        )
+        await socket.prepare(request)
+        if not self._guard.admits(_token(request)):
+            await socket.close(code=Close.TOKEN, message=b"token")
+            return socket
+        if len(self._sockets) >= self._site.sessions:
+            await socket.close(code=Close.FULL, message=b"full")
+            return socket
+        self._sockets.add(socket)
+        try:
+            visitor = Visitor(self._studio, socket, self._site.limits)
+            await visitor.attend(_messages(socket))
+        except Leave as leave:
+            _log.info("a session was closed: %s", leave)
+            await socket.close(code=leave.why, message=leave.why.name.lower().encode())
+        except ConnectionError:
+            pass  # the page has gone
+        except Exception:
+            _log.exception("a session failed")
+            await socket.close(code=Close.FAULT, message=b"fault")
+        finally:
+            self._sockets.discard(socket)
+        return socket
+
+    async def _shut(self, app: web.Application) -> None:
+        closing = (s.close(code=Close.GOING, message=b"going") for s in tuple(self._sockets))
+        await asyncio.gather(*closing, return_exceptions=True)
+
+
+async def serve(studio: Studio, site: Site, started: Callable[[Server], None]) -> None:
+    """Serve until cancelled; `started` is called when the first page can come.
+
+    Raises: SettingsError when the port cannot be had.
+    """
+    server = Server(studio, site)
+    runner = web.AppRunner(server.app(), access_log=None, handle_signals=False)
+    await runner.setup()
+    try:
+        place = web.TCPSite(
+            runner, site.host, site.port, ssl_context=_tls(site), shutdown_timeout=3.0
+        )
+        try:
+            await place.start()
+        except OSError as error:
+            raise SettingsError(
+                f"{site.host}:{site.port} cannot be listened on ({error.strerror}); try --port N"
+            ) from error
+        started(server)
+        await asyncio.Event().wait()
+    finally:
+        await runner.cleanup()
+        await studio.close()
+
+
+def web_tracker() -> Path | None:
+    """Return the folder of the page's own tracker, as installed or as `npm ci` left it in a
+    checkout; None when it is not there, or not whole."""
+    for folder in _tracker_places():
+        if all((folder / name).is_file() for name in TRACKER_FILES):
+            return folder
+    return None
+
+
+def _tracker_places() -> Iterator[Path]:
+    for root in runtime_package.__path__:
+        for place in TRACKER_PLACES:
+            yield Path(root) / place
+
+
+def _whole(path: Path) -> web.FileResponse:
+    kind = TYPES.get(path.suffix, "application/octet-stream")
+    return web.FileResponse(path, headers={"Content-Type": kind})
+
+
+def _token(request: web.Request) -> str | None:
+    """The token of a request: of scripts as `Authorization: Bearer`, of pages as a subprotocol."""
+    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return bearer
+    offered = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
+    tokens = (o.strip().removeprefix(TOKEN_PREFIX) for o in offered if TOKEN_PREFIX in o)
+    return next(tokens, None)
+
+
+async def _messages(socket: web.WebSocketResponse) -> AsyncIterator[str | bytes]:
+    async for message in socket:
+        if message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
+            yield message.data
+
+
+def _tls(site: Site) -> ssl.SSLContext | None:
+    if site.tls is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    certificate, key = site.tls
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(
+            f"{certificate}, {key}: no certificate and its key ({error.strerror or error})"
+        ) from error
+    return context
