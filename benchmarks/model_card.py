@@ -33,6 +33,7 @@ from benchmarks.card_text import Scores, section, write_section
 from diffusionact import manifest as bundles
 from diffusionact.condition import Drawing, draw_condition
 from diffusionact.evaluation import metrics
+from diffusionact.evaluation.rendered import visible_gaze
 from diffusionact.files import write_whole
 from diffusionact.image import to_tensor
 from diffusionact.landmarks import Landmarks
@@ -40,7 +41,7 @@ from diffusionact.runtime.loop import open_loop, runs
 from diffusionact.schedule import Run, alpha_bars, ddim_step, inversion_run, render_run
 from diffusionact.training import faces, weights
 from diffusionact.training.diffusion import to_batch, to_pixels
-from diffusionact.training.judges import Truth, errors, visible_gaze
+from diffusionact.training.judges import Truth, errors
 from diffusionact.training.models.judge import Judge, Reading, load_judge
 
 LOG = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import model_card
 from diffusionact.errors import SettingsError
-from diffusionact.evaluation import metrics
+from diffusionact.evaluation import metrics, rendered
 from diffusionact.training import judges
 from diffusionact.training.models import judge as network
 
@@ -163,9 +163,9 @@ def test_hidden_eyes_have_no_gaze() -> None:
     points[2, 42:48, 1] = 52  # shut
     gaze = np.stack([points[:, 36:42].mean(1), points[:, 42:48].mean(1)], axis=1) + np.float32(0.3)
     labels = np.zeros((3, SIDE, SIDE), np.uint8)
-    labels[[0, 2], 52, 48] = labels[1:, 52, 80] = judges.EYE_LABEL
+    labels[[0, 2], 52, 48] = labels[1:, 52, 80] = rendered.EYE_LABEL
     gaze[1, 0] = -40
-    seen = judges.visible_gaze(gaze, points, labels)
+    seen = rendered.visible_gaze(gaze, points, labels)
     assert np.isfinite(seen[..., 0]).tolist() == [[True, False], [False, True], [True, False]]
     np.testing.assert_array_equal(seen[0, 0], gaze[0, 0])
 

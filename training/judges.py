@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from diffusionact.errors import SettingsError
 from diffusionact.evaluation import metrics
+from diffusionact.evaluation.rendered import visible_gaze
 from diffusionact.training.data import Pool
 from diffusionact.training.models.judge import (
     Judge,
@@ -45,8 +46,6 @@ else:
 
 LOG = logging.getLogger(__name__)
 
-EYE_LABEL = 2  # the renderer's class of the eyeball, its lids and lashes
-MIN_EYE_OPENING = 0.15  # aspect ratio below which the lids hide the iris
 FloatArray = NDArray[np.floating[Any]]
 
 
@@ -95,18 +94,6 @@ class Truth:
     points: NDArray[np.float32]
     gaze: FloatArray
     pose: NDArray[np.float32]
-
-
-def visible_gaze(gaze: FloatArray, points: FloatArray, labels: NDArray[np.uint8]) -> FloatArray:
-    """Gaze points float32 [N,2,2] with those set to NaN that the picture does not show: lids
-    closed, or the eye behind the nose, hair or a frame.
-
-    gaze: [N,2,2] px; points: [N,68,>=2] px; labels: uint8 [N,S,S], the renderer's classes
-    """
-    place = np.clip(np.rint(gaze), 0, labels.shape[-1] - 1).astype(int)
-    at = labels[np.arange(len(labels))[:, None], place[..., 1], place[..., 0]]
-    shown = (at == EYE_LABEL) & (metrics.eye_opening(points) >= MIN_EYE_OPENING)
-    return np.where(shown[..., None], gaze, np.nan).astype(np.float32)
 
 
 def gather(pool: Pool, identity: NDArray[np.int64], frame: NDArray[np.int64]) -> Truth:

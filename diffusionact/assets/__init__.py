@@ -20,3 +20,13 @@ def portrait_paths() -> tuple[Path, ...]:
 def driver_path() -> Path:
     """Return the shipped driving clip; driver.landmarks.npz lies beside it."""
     return _HERE / "driver.mp4"
+
+
+def judge_path() -> Path:
+    """Return the network that reads rendered faces, for `diffusionact eval`."""
+    return _HERE / "judge.onnx"
+
+
+def benchmark_path() -> Path:
+    """Return the rendered people that `diffusionact eval` measures a model on."""
+    return _HERE / "benchmark.npz"

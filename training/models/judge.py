@@ -25,6 +25,7 @@ from diffusionact.errors import SettingsError
 
 LANDMARKS, EYE_LANDMARKS = 68, 6
 EYE_STARTS = (36, 42)
+MIRROR = (1.0, -1.0)  # the second eye is read mirrored, as if it were the first
 MIRRORED_EYE = (3, 2, 1, 0, 5, 4)  # where each point of an eye lies when the eye is mirrored
 
 
@@ -102,8 +103,8 @@ class Judge(nn.Module):
         eyes = [coarse[:, start : start + EYE_LANDMARKS] for start in EYE_STARTS]
         centres = torch.stack([eye.mean(1) for eye in eyes], dim=1)
         centres = centres if shift_px is None else centres + shift_px
-        mirror = torch.tensor([1.0, -1.0], device=image.device)
-        windows = [_window(image, centres[:, i], side, cells, float(mirror[i])) for i in (0, 1)]
+        windows = [_window(image, centres[:, i], side, cells, MIRROR[i]) for i in (0, 1)]
+        mirror = torch.tensor(MIRROR, device=image.device)
         seen = _soft_argmax(self.eye(torch.cat(windows))) - 0.5
         local = torch.stack(seen.chunk(2), dim=1) * side  # [N,2,7,2] px from the window's centre
         local = torch.stack([local[..., 0] * mirror[:, None], local[..., 1]], dim=-1)
