@@ -125,15 +125,17 @@ class Track:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Return nothing; the file is complete or not there at all."""
-        known = {} if self.codes is None else {"codes": self.codes}
-        save_npz(
-            path,
-            landmarks=self.landmarks,
-            gaze=self.gaze,
-            pts_ns=self.pts_ns,
-            size=np.array(self.size, np.int64),
-            **known,
-        )
+        save_npz(path, **self.arrays())
+
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Return what `save` writes, by name."""
+        return {
+            "landmarks": self.landmarks,
+            "gaze": self.gaze,
+            "pts_ns": self.pts_ns,
+            "size": np.array(self.size, np.int64),
+            **({} if self.codes is None else {"codes": self.codes}),
+        }
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Track:

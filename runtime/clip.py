@@ -8,45 +8,49 @@ grow with the pictures.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 from diffusionact.errors import MediaError, SettingsError
-from diffusionact.landmarks import Landmarks, invert_affine, sidecar_path
-from diffusionact.progress import ProgressCallback, StageCallback
-from diffusionact.runtime.ahead import write_behind
+from diffusionact.landmarks import sidecar_path
+from diffusionact.progress import TimedCallback, TimeLeft
 from diffusionact.runtime.media import (
     IMAGE_SUFFIXES,
     TRACK_SUFFIX,
     FolderReader,
-    Image,
     Reader,
     VideoReader,
     open_reader,
     read_image,
 )
-from diffusionact.runtime.motion import Motion, driver_motion
+from diffusionact.runtime.motion import driver_motion
+from diffusionact.runtime.parts import Parts
+from diffusionact.runtime.recipe import recipe_of
 from diffusionact.runtime.reenactor import Reenactor
-from diffusionact.runtime.session import Session
+from diffusionact.runtime.rendering import render_motion
 from diffusionact.runtime.sidecar import Sidecar
 from diffusionact.runtime.source import Source
-from diffusionact.runtime.timing import StageTimes, StopWatch, summarise
+from diffusionact.runtime.timing import StageTimes, summarise
 from diffusionact.runtime.writer import Writer, open_writer
 
 PathLike: TypeAlias = "str | Path"
 
+PROBED_FROM = 20  # frames of a clip; a shorter one is not worth one more
+
 
 @dataclass(frozen=True)
 class ClipReport:
-    """output: what was written; frames: how many; seen: with a face in the driver; seconds: spent;
-    times: percentiles a stage."""
+    """output: what was written; frames: how many; seen: with a face in the driver; resumed: taken
+    from an interrupted run; seconds: spent; times: percentiles a stage, of the frames rendered
+    now."""
 
     output: Path
     frames: int
     seen: int
+    resumed: int
     seconds: float
     times: Mapping[str, StageTimes]
 
@@ -58,7 +62,7 @@ def run_clip(
     output: PathLike,
     *,
     face: int | None = None,
-    progress: StageCallback | None = None,
+    progress: TimedCallback | None = None,
 ) -> ClipReport:
     """Return what was done; the portrait moved with the driver is in `output`.
 
@@ -66,28 +70,36 @@ def run_clip(
     folder or landmark track. Where NAME.landmarks.npz lies beside a portrait, or beside a driver
     that is one picture or a video, its landmarks are taken and no tracker is needed; the times are
     the driver's own. face: which of several in the portrait, from 1, the largest first.
-    progress: of the stages "track" and "render".
+    progress: of the stages "track" and "render", with the time that both leave.
+
+    A clip that was killed goes on where it was when it is run again (`runtime.parts`).
 
     Raises: MediaError, also for landmarks that are of another file; NoFace when the portrait or
     the whole driver shows none; SettingsError, BackendMissing.
     """
     begun_s = time.monotonic()
-    reader = open_reader(driver)
-    _check_output(reader, Path(output), [Path(portrait), Path(driver)])
-    source = prepare_portrait(act, portrait, face)
-    sound = reader.path if isinstance(reader, VideoReader) else None
-    writer = open_writer(
-        output, time_base=reader.time_base, audio_from=sound, size=_result_size(act, source)
-    )
-    with writer:  # opened before the long work: what cannot be written fails now
-        motion = driver_motion(act, reader, progress and partial(progress, "track"))
-        session = act.session(source)
-        session.start(motion.track)
-        times = render_motion(
-            act, session, motion, writer, progress and partial(progress, "render")
-        )
-    spent_s = time.monotonic() - begun_s
-    return ClipReport(Path(output), len(motion.spans_ns), motion.seen(), spent_s, summarise(times))
+    reader, output = open_reader(driver), Path(output)
+    _check_output(reader, output, [Path(portrait), Path(driver)])
+    left = TimeLeft(progress)
+    with _parts(act, Path(portrait), reader, output, face) as parts:
+        source = parts.source if parts else None
+        if source is None:
+            source = prepare_portrait(act, portrait, face)
+            if parts:
+                parts.keep_source(source)
+        # Opened before the long work: what cannot be written fails now.
+        with _open_writer(act, source, reader, output, parts) as writer:
+            motion = parts.motion if parts else None
+            if motion is None:
+                left.expect("render", _probe_s(act, source, reader, writer, progress is not None))
+                motion = driver_motion(act, reader, left.stage("track", total=reader.length))
+                if parts:
+                    parts.keep_motion(motion)
+            session = act.session(source)
+            session.start(motion.track)
+            times = render_motion(act, session, motion, writer, parts, left)
+    spent_s, count = time.monotonic() - begun_s, len(motion.spans_ns)
+    return ClipReport(output, count, motion.seen(), count - len(times), spent_s, summarise(times))
 
 
 def prepare_portrait(act: Reenactor, portrait: PathLike, face: int | None = None) -> Source:
@@ -102,66 +114,6 @@ def prepare_portrait(act: Reenactor, portrait: PathLike, face: int | None = None
         return act.prepare(image, face)
     (landmarks,) = known.faces(1, (image.shape[1], image.shape[0]))
     return act.prepare(image, landmarks=landmarks)
-
-
-def render_motion(
-    act: Reenactor,
-    session: Session,
-    motion: Motion,
-    writer: Writer,
-    progress: ProgressCallback | None = None,
-) -> list[Mapping[str, int]]:
-    """Return the times of each frame, all stages; every frame of the driver is written, each
-    while the next is rendered."""
-    times: list[Mapping[str, int]] = []
-
-    def write(made: _Made) -> None:
-        watch = StopWatch()
-        pts_ns, span_ns = int(motion.track.pts_ns[made.index]), motion.spans_ns[made.index]
-        writer.write(made.image_bgr, pts_ns, span_ns, made.landmarks)
-        watch.lap("write")
-        times.append({**motion.times[made.index], **made.times, **watch.times})
-
-    draw = _pictures if writer.wants_pictures else _landmarks
-    write_behind(_counted(draw(act, session, motion), len(motion.track), progress), write)
-    return times
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A frame on its way to the writer; image_bgr: None where only landmarks are wanted."""
-
-    index: int
-    image_bgr: Image | None
-    landmarks: Landmarks
-    times: Mapping[str, int]
-
-
-def _pictures(act: Reenactor, session: Session, motion: Motion) -> Iterator[_Made]:
-    track = motion.track
-    for i in range(len(track)):
-        result = act.reenact(track[i], session, int(track.pts_ns[i]))
-        yield _Made(i, result.frame, result.landmarks, result.times)
-
-
-def _landmarks(act: Reenactor, session: Session, motion: Motion) -> Iterator[_Made]:
-    track = motion.track
-    to_portrait = invert_affine(session.source.matrix)
-    for i in range(len(track)):
-        watch = StopWatch()
-        target = session.target(track[i], int(track.pts_ns[i]))
-        moved = target.transformed(to_portrait) if act.settings.paste else target
-        watch.lap("retarget")
-        yield _Made(i, None, moved, watch.times)
-
-
-def _counted(
-    frames: Iterable[_Made], total: int, progress: ProgressCallback | None
-) -> Iterator[_Made]:
-    for made in frames:
-        yield made
-        if progress is not None:
-            progress(made.index + 1, total)
 
 
 def _check_output(reader: Reader, output: Path, inputs: list[Path]) -> None:
@@ -189,6 +141,41 @@ def _check_output(reader: Reader, output: Path, inputs: list[Path]) -> None:
 
 def _same(a: Path, b: Path) -> bool:
     return a.resolve() == b.resolve() or (a.exists() and b.exists() and a.samefile(b))
+
+
+def _parts(
+    act: Reenactor, portrait: Path, reader: Reader, output: Path, face: int | None
+) -> AbstractContextManager[Parts | None]:
+    """What a run keeps; nothing for a single picture."""
+    if reader.length == 1:
+        return nullcontext()
+    return Parts(output, recipe_of(act, portrait, reader, face))
+
+
+def _open_writer(
+    act: Reenactor, source: Source, reader: Reader, output: Path, parts: Parts | None
+) -> Writer:
+    return open_writer(
+        output,
+        time_base=reader.time_base,
+        audio_from=reader.path if isinstance(reader, VideoReader) else None,
+        size=_result_size(act, source),
+        workplace=parts.folder if parts else None,
+    )
+
+
+def _probe_s(
+    act: Reenactor, source: Source, reader: Reader, writer: Writer, wanted: bool
+) -> float | None:
+    """The seconds that a frame of the second pass takes: one is rendered, where a clip is long
+    enough to be worth it; None where not known."""
+    if not writer.wants_pictures:
+        return 0.0
+    if not wanted or (reader.length or 0) < PROBED_FROM:
+        return None
+    begun_s = time.monotonic()
+    act.rest(source)
+    return time.monotonic() - begun_s
 
 
 def _result_size(act: Reenactor, source: Source) -> tuple[int, int]:

@@ -18,11 +18,12 @@ from diffusionact.assets import driver_path, portrait_paths
 from diffusionact.condition import Drawing, draw_condition
 from diffusionact.errors import MediaError
 from diffusionact.landmarks import Landmarks
-from diffusionact.progress import ProgressCallback
-from diffusionact.runtime.clip import prepare_portrait, render_motion
+from diffusionact.progress import TimedCallback, TimeLeft
+from diffusionact.runtime.clip import prepare_portrait
 from diffusionact.runtime.media import Image, VideoReader, open_reader
 from diffusionact.runtime.motion import driver_motion
 from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.rendering import render_motion
 from diffusionact.runtime.sheet import contact_sheet, fit_square, panels
 from diffusionact.runtime.source import Source
 from diffusionact.runtime.timing import StageTimes, summarise
@@ -48,14 +49,14 @@ class DemoReport:
 def run_demo(
     act: Reenactor,
     folder: Path,
-    progress: ProgressCallback | None = None,
+    progress: TimedCallback | None = None,
     *,
     portrait: Path | None = None,
     driver: Path | None = None,
 ) -> DemoReport:
     """Return what was done; folder holds demo.mp4 and demo.png.
 
-    portrait, driver: instead of the shipped ones.
+    progress: of the stages "track" and "render"; portrait, driver: instead of the shipped ones.
     Raises: MediaError when they are missing or the folder cannot be written.
     """
     begun_s = time.monotonic()
@@ -63,7 +64,8 @@ def run_demo(
     if not isinstance(reader, VideoReader):
         raise MediaError(f"{reader.name}: the demo shows its driver; wanted a video")
     source = prepare_portrait(act, portrait or _first_portrait())
-    motion = driver_motion(act, reader)
+    left = TimeLeft(progress)
+    motion = driver_motion(act, reader, left.stage("track", total=reader.length))
     session = act.session(source)
     session.start(motion.track)
     video, sheet = folder / "demo.mp4", folder / "demo.png"
@@ -72,7 +74,7 @@ def run_demo(
     with open_writer(sheet) as picture:
         writer = open_writer(video, time_base=reader.time_base, audio_from=reader.path)
         with _Film(source, reader, shown, writer) as film:
-            times = render_motion(act, session, motion, film, progress)
+            times = render_motion(act, session, motion, film, left=left)
         rows = [list(row) for row in zip(*film.moments, strict=True)]
         made = contact_sheet(source.portrait, rows, ("driver", "drawing", "result"), SHEET_PX)
         picture.write(made, 0, 0, source.landmarks)

@@ -7,8 +7,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusionact.errors import NoFace
-from diffusionact.landmarks import Landmarks, Track
+import numpy as np
+
+from diffusionact.errors import MediaError, NoFace
+from diffusionact.landmarks import Landmarks, Track, load_npz, save_npz
 from diffusionact.progress import ProgressCallback
 from diffusionact.runtime.ahead import read_ahead
 from diffusionact.runtime.media import FolderReader, Frame, Reader, TrackReader, VideoReader
@@ -16,6 +18,8 @@ from diffusionact.runtime.reenactor import Reenactor
 from diffusionact.runtime.sidecar import Sidecar
 from diffusionact.runtime.timing import StopWatch
 from diffusionact.runtime.writer import make_track
+
+TIMES_SUFFIX = "_times_ns"
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,35 @@ class Motion:
     def seen(self) -> int:
         """Return the number of frames that have a face."""
         return sum(self.track[i] is not None for i in range(len(self.track)))
+
+    def save(self, path: Path) -> None:
+        """Return nothing; the file (.npz) is a landmark track, with more beside it; it is
+        complete or not there at all. Raises: MediaError when it cannot be written."""
+        stages = self.times[0].keys()
+        save_npz(
+            path,
+            **self.track.arrays(),
+            spans_ns=np.array(self.spans_ns, np.int64),
+            **{
+                f"{stage}{TIMES_SUFFIX}": np.array([t[stage] for t in self.times], np.int64)
+                for stage in stages
+            },
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Motion:
+        """Return the motion of a file that `save` wrote. Raises: MediaError."""
+        arrays = load_npz(path, "driver's motion")
+        if "spans_ns" not in arrays:
+            raise MediaError(f"{path}: a landmark track, not a driver's motion")
+        stages = {
+            name.removesuffix(TIMES_SUFFIX): values.tolist()
+            for name, values in arrays.items()
+            if name.endswith(TIMES_SUFFIX)
+        }
+        rows = zip(*stages.values(), strict=True)
+        times = tuple(dict(zip(stages, row, strict=True)) for row in rows)
+        return cls(Track.load(path), tuple(arrays["spans_ns"].tolist()), times)
 
 
 def driver_motion(

@@ -21,31 +21,13 @@ from diffusionact.runtime.media import FRAME_NS, VideoReader, open_reader, read_
 from diffusionact.runtime.motion import driver_motion
 from diffusionact.runtime.reenactor import Reenactor, Settings
 from diffusionact.runtime.writer import make_track, open_writer
+from tests.clips import ScriptedTracker, folder_of, moving, write_portrait
 
 T = TypeVar("T")
 UInt8Array = npt.NDArray[np.uint8]
 GOLDEN = Path(__file__).parent / "golden"
 TIMES_NS = (0, 20_000_000, 90_000_000, 110_000_000, 200_000_000)  # whole ticks of 1/90000 s
 SLOW_MS = 2.0
-
-
-class ScriptedTracker:
-    """Finds what a script says; a picture's grey level is the script's line."""
-
-    def __init__(self, script: list[Landmarks | None]) -> None:
-        self.script = script
-
-    def detect(self, image_bgr: UInt8Array) -> list[Landmarks]:
-        return [face for face in self.script[:1] if face is not None]
-
-    def track(self, image_bgr: UInt8Array) -> Landmarks:
-        face = self.script[int(image_bgr[0, 0, 0].round())]
-        if face is None:
-            raise NoFace("scripted")
-        return face
-
-    def close(self) -> None:
-        pass
 
 
 class SlowTracker(ScriptedTracker):
@@ -63,28 +45,7 @@ def act(toy_bundle: Path) -> Iterator[Reenactor]:
 @pytest.fixture
 def portrait_file(tmp_path: Path, portrait: tuple[UInt8Array, Landmarks]) -> Path:
     """A portrait with its landmarks beside it."""
-    image, face = portrait
-    path = tmp_path / "portrait.png"
-    cv2.imwrite(str(path), image)
-    make_track([face], [0], (image.shape[1], image.shape[0])).save(sidecar_path(path))
-    return path
-
-
-def folder_of(path: Path, count: int) -> Path:
-    path.mkdir()
-    for i in range(count):
-        cv2.imwrite(str(path / f"{i:03d}.png"), np.full((40, 40, 3), i, np.uint8))
-    return path
-
-
-def moving(face: Landmarks, count: int) -> list[Landmarks | None]:
-    """The face with a mouth that opens frame by frame."""
-    made: list[Landmarks | None] = []
-    for i in range(count):
-        points = face.points.copy()
-        points[[65, 66, 67, 55, 56, 57, 58, 59], 1] += 0.4 * i
-        made.append(Landmarks(points, face.gaze))
-    return made
+    return write_portrait(tmp_path / "portrait.png", *portrait)
 
 
 def test_a_track_drives_a_video_of_its_length_and_timing(
@@ -133,7 +94,7 @@ def test_overlap_changes_no_bit(
 
     overlapped = made("a")
     monkeypatch.setattr("diffusionact.runtime.motion.read_ahead", serially)
-    monkeypatch.setattr("diffusionact.runtime.clip.write_behind", one_by_one)
+    monkeypatch.setattr("diffusionact.runtime.rendering.write_behind", one_by_one)
     assert made("b") == overlapped
 
 
@@ -240,12 +201,15 @@ def test_each_stage_has_its_own_progress_to_an_honest_end(
     toy_bundle: Path, portrait_file: Path, face: Landmarks, tmp_path: Path
 ) -> None:
     seen: list[tuple[str, int, int | None]] = []
+
+    def note(stage: str, done: int, total: int | None, left_s: float | None) -> None:
+        seen.append((stage, done, total))
+
     driver = folder_of(tmp_path / "driver", 6)
     with Reenactor.load(toy_bundle, tracker=ScriptedTracker(moving(face, 6))) as act:
-        run_clip(act, portrait_file, driver, tmp_path / "out.mp4",
-                 progress=lambda stage, done, total: seen.append((stage, done, total)))  # fmt: skip
-    track = [("track", i, 6) for i in range(1, 7)]
-    assert seen == [*track, track[-1], *(("render", i, 6) for i in range(1, 7))]
+        run_clip(act, portrait_file, driver, tmp_path / "out.mp4", progress=note)
+    track = [("track", i, 6) for i in range(7)]
+    assert seen == [*track, track[-1], *(("render", i, 6) for i in range(7))]
 
 
 def test_a_header_that_promises_too_little_does_not_break_the_bar(

@@ -40,14 +40,15 @@ def media_files(tmp_path: Path, portrait: tuple[UInt8Array, Landmarks]) -> tuple
 def test_the_demo_needs_no_tracker_and_shows_three_panels(
     toy_bundle: Path, media_files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    seen: list[int] = []
+    seen: list[tuple[str, int]] = []
     with Reenactor.load(toy_bundle) as act:
         report = run_demo(
-            act, tmp_path / "out", lambda done, total: seen.append(done),
+            act, tmp_path / "out", lambda stage, done, *_: seen.append((stage, done)),
             portrait=media_files[0], driver=media_files[1],
         )  # fmt: skip
         assert act._tracker is None
-    assert report.frames == FRAMES and seen == list(range(1, FRAMES + 1))
+    assert report.frames == FRAMES
+    assert [done for stage, done in seen if stage == "render"] == list(range(FRAMES + 1))
     assert list(report.times)[0] == "read" and list(report.times)[-1] == "total"
     frames = [f.image_bgr for f in open_reader(report.video)]
     assert len(frames) == FRAMES

@@ -25,10 +25,10 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Move the shipped portrait with the shipped clip."""
-    from diffusionact.progress import Progress
+    from diffusionact.progress import StageProgress
     from diffusionact.runtime.demo import run_demo
 
-    with load_reenactor(arguments) as act, Progress("demo", quiet=arguments.quiet) as progress:
+    with load_reenactor(arguments) as act, StageProgress(quiet=arguments.quiet) as progress:
         report = run_demo(act, Path(arguments.output), progress)
     report_times(
         arguments, report, f"wrote {report.video} and {report.sheet}: {report.frames} frames"

@@ -44,6 +44,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     kinds = ("auto", "mediapipe", "published")
     add("--tracker", default="auto", choices=kinds, help="auto: the bundle's own where it has one")
+    add("--fresh", action="store_true", help="start anew where an interrupted run would go on")
     add("--compat", choices=("published",), help="the authors' results, surprises included")
 
 
@@ -51,7 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Move a portrait with a driver."""
     from diffusionact.progress import StageProgress
     from diffusionact.runtime.clip import run_clip
+    from diffusionact.runtime.parts import forget_parts
 
+    if arguments.fresh:
+        forget_parts(arguments.output)
     with load_reenactor(arguments) as act, StageProgress(quiet=arguments.quiet) as progress:
         report = run_clip(
             act,
@@ -62,5 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     faces = f"{report.frames} frames, {report.seen} with a face"
+    if report.resumed:
+        faces += f", {report.resumed} from an interrupted run"
     report_times(arguments, report, f"wrote {report.output}: {faces}")
     return DONE

@@ -1,0 +1,463 @@
+"""A run that was killed goes on: its result is that of one which nothing disturbed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from diffusionact.errors import MediaError
+from diffusionact.landmarks import Landmarks, sidecar_path
+from diffusionact.runtime import parts as parts_module
+from diffusionact.runtime.clip import ClipReport, run_clip
+from diffusionact.runtime.journal import Journal
+from diffusionact.runtime.media import open_reader
+from diffusionact.runtime.motion import Motion
+from diffusionact.runtime.parts import Parts, forget_parts, parts_folder
+from diffusionact.runtime.recipe import recipe_of
+from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.writer import make_track
+from tests.clips import folder_of, moving, write_portrait
+from tests.test_audio import beep_time_s, write_sound
+
+UInt8Array = npt.NDArray[np.uint8]
+ROOT = Path(__file__).parents[1]
+COUNT, LOST, KILL_AT = 30, range(10, 14), 17  # frames; without a face; where the kill comes
+CHILD_S = 60.0  # to start, load and work; longer means that it hangs
+RunClip = Callable[..., ClipReport]
+
+
+@pytest.fixture(autouse=True)
+def keep_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second's work counts as much as a minute's."""
+    monkeypatch.setattr(parts_module, "KEPT_FROM_S", 0.0)
+
+
+@pytest.fixture
+def portrait_file(tmp_path: Path, portrait: tuple[UInt8Array, Landmarks]) -> Path:
+    return write_portrait(tmp_path / "portrait.png", *portrait)
+
+
+@pytest.fixture
+def driver_file(tmp_path: Path, face: Landmarks) -> Path:
+    """A video with sound, frames of any length, and its track; a while it shows no face."""
+    steps = np.random.default_rng(1).integers(20, 70, COUNT)
+    times = ((np.cumsum(steps) - steps[0]) * 1_000_000).tolist()
+    path = tmp_path / "driver.mp4"
+    write_sound(path, "aac", 0.5, times)
+    faces = moving(face, COUNT)
+    for i in LOST:
+        faces[i] = None
+    make_track(faces, times, (64, 48)).save(sidecar_path(path))
+    return path
+
+
+@pytest.fixture
+def run(toy_bundle: Path, portrait_file: Path, driver_file: Path, tmp_path: Path) -> RunClip:
+    """A run of the clip into a folder and file of tmp_path, as one process does it."""
+
+    def made(output: str, settings: Settings | None = None, **options: Any) -> ClipReport:
+        with Reenactor.load(toy_bundle, settings=settings) as act:
+            return run_clip(act, portrait_file, driver_file, tmp_path / output, **options)
+
+    return made
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Stops the next run at the rendering of its n-th frame; 0: not any more."""
+    real = Reenactor.reenact
+
+    def stop_at(number: int) -> None:
+        count = 0
+
+        def reenact(*arguments: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == number:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        monkeypatch.setattr(Reenactor, "reenact", reenact)
+
+    return stop_at
+
+
+def contents(path: Path) -> Any:
+    """What a result holds: bytes of an mp4, a track or a folder's files; packets of an mkv, whose
+    header has a random number."""
+    if path.is_dir():
+        return {file.name: file.read_bytes() for file in path.iterdir()}
+    if path.suffix == ".mkv":
+        with av.open(str(path)) as container:
+            return [(p.stream_index, p.pts, p.duration, bytes(p)) for p in container.demux()]
+    return path.read_bytes()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+CHILD = """
+    import os, signal, sys
+    from pathlib import Path
+    from diffusionact.runtime.clip import run_clip
+    from diffusionact.runtime.media import VideoReader
+    from diffusionact.runtime.reenactor import Reenactor
+    bundle, portrait, driver, output, where, number = sys.argv[1:]
+    left = int(number)
+
+    def count():
+        global left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    reenact, read = Reenactor.reenact, VideoReader.__iter__
+
+    def counted(*arguments):
+        count()
+        return reenact(*arguments)
+
+    def frames(self):
+        for frame in read(self):
+            count()
+            yield frame
+
+    if where == "render":
+        Reenactor.reenact = counted
+    else:
+        VideoReader.__iter__ = frames
+    with Reenactor.load(bundle) as act:
+        run_clip(act, portrait, driver, output)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL to send")
+@pytest.mark.parametrize("where", ["track", "render"])
+def test_a_killed_run_goes_on(
+    run: RunClip,
+    toy_bundle: Path,
+    portrait_file: Path,
+    driver_file: Path,
+    tmp_path: Path,
+    where: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    output = tmp_path / "out" / "out.mp4"
+    words = [toy_bundle, portrait_file, driver_file, output, where, KILL_AT]
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CHILD), *map(str, words)],
+        cwd=ROOT, capture_output=True, text=True, timeout=CHILD_S,
+    )  # fmt: skip
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert names(output.parent) == [parts_folder(output).name]
+
+    report = run("out/out.mp4")
+    done = report.resumed
+    assert done in ((KILL_AT - 2, KILL_AT - 1, KILL_AT - 3) if where == "render" else (0,))
+    assert (report.frames, report.seen) == (COUNT, COUNT - len(LOST))
+    assert names(output.parent) == ["out.mp4"]
+    said = f"going on after {done} of {COUNT} frames" if where == "render" else "not yet tracked"
+    assert said in caplog.text
+
+    run("whole.mp4")
+    assert contents(output) == contents(tmp_path / "whole.mp4")
+    assert beep_time_s(output) == pytest.approx(beep_time_s(driver_file), abs=0.001)
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.mkv", "frames"])
+def test_a_run_may_be_stopped_again_and_again(
+    run: RunClip,
+    stopped: Callable[[int], None],
+    tmp_path: Path,
+    name: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for number in (8, 1, 12):
+        stopped(number)
+        with pytest.raises(KeyboardInterrupt):
+            run(f"out/{name}")
+        assert names(tmp_path / "out") == [f".{name}.parts"]
+        assert str(parts_folder(tmp_path / "out" / name)) in caplog.messages[-1]
+    stopped(0)
+    report = run(f"out/{name}")
+    assert report.resumed == 7 + 0 + 11
+    assert report.times["total"].count == COUNT - report.resumed
+    assert names(tmp_path / "out") == [name]
+    run(f"whole/{name}")
+    assert contents(tmp_path / "out" / name) == contents(tmp_path / "whole" / name)
+
+
+def test_a_run_that_had_only_to_be_finished_is(
+    run: RunClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MediaError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(MediaError, match="disk full"):
+        patch.setattr("diffusionact.runtime.writer.VideoWriter.finish", full)
+        run("out.mp4")
+    report = run("out.mp4")
+    assert (report.resumed, report.times) == (COUNT, {})
+    run("whole.mp4")
+    assert contents(tmp_path / "out.mp4") == contents(tmp_path / "whole.mp4")
+
+
+def test_a_track_goes_on_from_the_drivers_track(
+    run: RunClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MediaError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(MediaError):
+        patch.setattr("diffusionact.runtime.writer.TrackWriter.write", full)
+        run("out.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusionact.runtime.clip.driver_motion", full)
+        run("out.npz")
+    run("whole.npz")
+    assert contents(tmp_path / "out.npz") == contents(tmp_path / "whole.npz")
+
+
+def test_what_is_stopped_early_leaves_nothing_behind(
+    run: RunClip,
+    stopped: Callable[[int], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parts_module, "KEPT_FROM_S", CHILD_S)
+    stopped(5)
+    with pytest.raises(KeyboardInterrupt):
+        run("out/out.mp4")
+    assert names(tmp_path / "out") == []
+
+
+def touched_portrait(portrait: Path, driver: Path) -> None:
+    image = cv2.imread(str(portrait))
+    assert image is not None
+    image[0, 0] ^= 255
+    cv2.imwrite(str(portrait), image)
+
+
+def touched_driver(portrait: Path, driver: Path) -> None:
+    driver.write_bytes(driver.read_bytes() + b"\0")
+
+
+def touched_landmarks(portrait: Path, driver: Path) -> None:
+    path = sidecar_path(driver)
+    with np.load(path) as arrays:
+        np.savez(path, **{**arrays, "gaze": arrays["gaze"] + np.float32(0.1)})
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (touched_portrait, "portrait changed"),
+        (touched_driver, "driver changed"),
+        (touched_landmarks, "driver changed"),
+        (Settings(steps=2), "steps was None and is 2"),
+        (Settings(paste=False), "paste was True and is False"),
+        ({"face": 1}, "face was None and is 1"),
+        ("versions", "version of diffusionact was .* and is 99"),
+        ("bundle", "bundle changed"),
+    ],
+)
+def test_another_recipe_starts_afresh_and_says_why(
+    change: Any,
+    word: str,
+    run: RunClip,
+    toy_bundle: Path,
+    portrait_file: Path,
+    driver_file: Path,
+    stopped: Callable[[int], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stopped(5)
+    with pytest.raises(KeyboardInterrupt):
+        run("out.mp4")
+    stopped(0)
+    options: dict[str, Any] = {}
+    if isinstance(change, Settings):
+        options = {"settings": change}
+    elif isinstance(change, dict):
+        options = change
+    elif change == "versions":
+        monkeypatch.setattr("diffusionact.runtime.recipe.versions", lambda: {"diffusionact": "99"})
+    elif change == "bundle":
+        text = (toy_bundle / "manifest.json").read_text().replace('"toy"', '"tin"')
+        other = Path(shutil.copytree(toy_bundle, tmp_path / "other.bundle"))
+        (other / "manifest.json").write_text(text)
+        monkeypatch.setattr(
+            Reenactor, "load", lambda *a, load=Reenactor.load, **o: load(other, *a[1:], **o)
+        )
+    else:
+        change(portrait_file, driver_file)
+    report = run("out.mp4", **options)
+    assert report.resumed == 0
+    (said,) = [message for message in caplog.messages if "starting afresh" in message]
+    assert re.search(word, said), said
+    assert not parts_folder(tmp_path / "out.mp4").exists()
+
+
+def test_parts_can_be_forgotten(
+    run: RunClip,
+    stopped: Callable[[int], None],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    forget_parts(tmp_path / "out.mp4")  # nothing there
+    stopped(5)
+    with pytest.raises(KeyboardInterrupt):
+        run("out.mp4")
+    stopped(0)
+    forget_parts(tmp_path / "out.mp4")
+    assert not parts_folder(tmp_path / "out.mp4").exists()
+    assert run("out.mp4").resumed == 0
+
+
+def test_two_runs_do_not_share_an_output(run: RunClip, tmp_path: Path) -> None:
+    with Parts(tmp_path / "out.mp4", {}):
+        with pytest.raises(MediaError, match=r"out.mp4: another run is writing it"):
+            run("out.mp4")
+        with pytest.raises(MediaError, match="another run"):
+            forget_parts(tmp_path / "out.mp4")
+    assert run("out.mp4").frames == COUNT
+
+
+def test_damaged_parts_are_no_reason_to_fail(
+    run: RunClip, stopped: Callable[[int], None], tmp_path: Path
+) -> None:
+    for name in ("source.npz", "motion.npz", "recipe.json", "crops.bin"):
+        stopped(5)
+        with pytest.raises(KeyboardInterrupt):
+            run("out.mp4")
+        stopped(0)
+        path = parts_folder(tmp_path / "out.mp4") / name
+        path.write_bytes(path.read_bytes()[:-7])
+        assert run("out.mp4").resumed == (3 if name == "crops.bin" else 0)
+
+
+def test_no_room_for_crops_ends_the_keeping_and_not_the_run(
+    run: RunClip,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    real = Journal.append
+
+    def full(self: Journal, image: UInt8Array) -> None:
+        if self.count == 4:
+            raise OSError(28, "No space left on device")
+        real(self, image)
+
+    monkeypatch.setattr(Journal, "append", full)
+    run("out.mp4")
+    assert [m for m in caplog.messages if "No space left on device" in m] == caplog.messages
+    monkeypatch.undo()
+    run("whole.mp4")
+    assert contents(tmp_path / "out.mp4") == contents(tmp_path / "whole.mp4")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows limits no file's size")
+@pytest.mark.parametrize("name", ["out.mp4", "frames"])
+def test_a_full_disk_is_named_and_nothing_stays(
+    toy_bundle: Path, portrait_file: Path, driver_file: Path, tmp_path: Path, name: str
+) -> None:
+    code = """
+        import resource, sys
+        from diffusionact.cli import main
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
+        sys.exit(main(sys.argv[1:]))
+    """
+    output = tmp_path / "out" / name
+    words = ["run", "-s", portrait_file, "-d", driver_file, "-o", output, "--bundle", toy_bundle]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, words)],
+        cwd=ROOT, capture_output=True, text=True, timeout=CHILD_S,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr and "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert names(output.parent) == []
+
+
+def test_the_recipe_of_a_folder_holds_every_picture(toy_bundle: Path, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "driver", 3)
+    with Reenactor.load(toy_bundle) as act:
+        seen = set()
+        for _ in range(2):
+            seen.add(recipe_of(act, folder / "000.png", open_reader(folder), None)["driver"])
+            cv2.imwrite(str(folder / "002.png"), np.full((40, 40, 3), 77, np.uint8))
+            seen.add(recipe_of(act, folder / "000.png", open_reader(folder), None)["driver"])
+    assert len(seen) == 2
+
+
+def test_a_motion_round_trips(tmp_path: Path, face: Landmarks) -> None:
+    track = make_track([face, None, face], [0, 5, 90], (64, 48))
+    motion = Motion(track, (5, 85, 7), ({"read": 1, "track": 2},) * 3)
+    motion.save(tmp_path / "motion.npz")
+    back = Motion.load(tmp_path / "motion.npz")
+    assert (back.spans_ns, back.times) == (motion.spans_ns, motion.times)
+    np.testing.assert_array_equal(back.track.landmarks, track.landmarks)
+    track.save(tmp_path / "track.npz")
+    with pytest.raises(MediaError, match="not a driver's motion"):
+        Motion.load(tmp_path / "track.npz")
+
+
+@pytest.fixture
+def pictures() -> list[UInt8Array]:
+    rng = np.random.default_rng(3)
+    return [rng.integers(0, 256, (16, 16, 3)).astype(np.uint8) for _ in range(5)]
+
+
+def test_a_journal_gives_back_what_it_was_given(tmp_path: Path, pictures: list[UInt8Array]) -> None:
+    for image in pictures:
+        with Journal(tmp_path / "crops.bin") as journal:
+            journal.append(image)
+    with Journal(tmp_path / "crops.bin") as journal:
+        assert journal.count == 5
+        assert all(np.array_equal(a, b) for a, b in zip(journal.pictures(), pictures, strict=True))
+
+
+def cut(content: bytes) -> Iterator[tuple[bytes, int]]:
+    """The content of a journal of five, damaged, and how many are whole before that."""
+    yield content[:-1], 4
+    yield content[:-900], 3
+    yield content[:5], 0
+    yield content + b"\0" * 4096, 5
+    yield content[:-1] + bytes([content[-1] ^ 1]), 4
+    yield b"", 0
+
+
+def test_a_damaged_journal_is_cut_where_the_damage_is(
+    tmp_path: Path, pictures: list[UInt8Array]
+) -> None:
+    path = tmp_path / "crops.bin"
+    with Journal(path) as journal:
+        for image in pictures:
+            journal.append(image)
+    for content, whole in cut(path.read_bytes()):
+        path.write_bytes(content)
+        with Journal(path) as journal:
+            assert journal.count == whole
+            journal.append(pictures[0])
+        with Journal(path) as journal:
+            back = list(journal.pictures())
+        assert len(back) == whole + 1
+        np.testing.assert_array_equal(back[-1], pictures[0])
