@@ -24,6 +24,7 @@ BACKENDS: Mapping[str, str] = {
     "ort": "diffusionact.runtime.ort",
     "openvino": "diffusionact.runtime.openvino",
     "torch": "diffusionact.runtime.torch",
+    "trt": "diffusionact.runtime.trt",
 }
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")  # all that any backend may have
 

@@ -142,6 +142,22 @@ class DeviceArray:
         return DeviceArray(self._owner, self.ptr, (rows, *self.shape[1:]), self.dtype)
 
 
+def allocate(shape: Sequence[int], dtype: str) -> DeviceArray:
+    """Return new memory of the GPU that the calling thread works on.
+
+    Raises: DeviceError when there is too little.
+    """
+    driver = _driver()
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    try:
+        ptr = int(_done(driver.cuMemAlloc(max(1, nbytes))))
+    except DeviceError as error:
+        free, total = _done(driver.cuMemGetInfo())
+        told = f"{nbytes >> 20} MiB of GPU memory wanted, {free >> 20} of {total >> 20} MiB free"
+        raise DeviceError(f"{told}: {error}") from error
+    return DeviceArray(_Memory(ptr, nbytes, driver.cuMemFree), ptr, shape, dtype)
+
+
 class _Pinned:
     """Page-locked host memory; the NumPy arrays over it keep it alive."""
 
@@ -229,14 +245,7 @@ class Device:
         _done(self._driver.cuCtxSetCurrent(self._context))
 
     def empty(self, shape: Sequence[int], dtype: str) -> DeviceArray:
-        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        try:
-            ptr = int(_done(self._driver.cuMemAlloc(max(1, nbytes))))
-        except DeviceError as error:
-            free, total = _done(self._driver.cuMemGetInfo())
-            told = f"{nbytes >> 20} MiB wanted, {free >> 20} of {total >> 20} MiB free on "
-            raise DeviceError(f"{told}{self.gpu.name}: {error}") from error
-        return DeviceArray(_Memory(ptr, nbytes, self._driver.cuMemFree), ptr, shape, dtype)
+        return allocate(shape, dtype)
 
     def pinned(self, shape: Sequence[int], dtype: str) -> Array:
         nbytes = max(1, math.prod(shape) * np.dtype(dtype).itemsize)

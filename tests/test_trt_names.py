@@ -36,7 +36,9 @@ CLASSES = {
     "engine": "ICudaEngine",
     "inspector": "EngineInspector",
     "context": "IExecutionContext",
+    "runtime": "Runtime",
 }
+ATTRIBUTES = ("_context", "runtime")  # of our objects, named as in CLASSES
 RETURNS = {
     "get_error": "ParserError",
     "get_output": "ITensor",
@@ -122,6 +124,8 @@ def chain(node: ast.expr) -> list[str]:
 def class_of(node: ast.expr) -> str | None:
     if isinstance(node, ast.Name):
         return CLASSES.get(node.id)
+    if isinstance(node, ast.Attribute):  # lane.runtime, self._context
+        return CLASSES.get(node.attr.lstrip("_")) if node.attr in ATTRIBUTES else None
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         return RETURNS.get(node.func.attr)
     return None
@@ -185,6 +189,13 @@ def test_the_sources_use_tensorrt() -> None:
     names = {name for _, name, _ in USES}
     assert {"Builder.build_serialized_network", "OnnxParser.parse", "ILogger.__init__"} <= names
     assert {"ComputeCapability.CURRENT", "ParserError.desc", "ITimingCache.serialize"} <= names
+    running = {name for file, name, _ in USES if file == "trt.py"}
+    assert {
+        "Runtime.deserialize_cuda_engine", "ICudaEngine.device_memory_size_v2",
+        "IExecutionContext.set_tensor_address", "IExecutionContext.execute_async_v3",
+        "IExecutionContext.set_device_memory", "ICudaEngine.get_tensor_mode",
+        "ExecutionContextAllocationStrategy.USER_MANAGED", "TensorIOMode.INPUT",
+    } <= running  # fmt: skip
 
 
 def test_every_name_is_in_tensorrt_rtx(rtx: Names) -> None:
