@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import struct
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
+import aiohttp
+import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from diffusionact.errors import BackendMissing, NoFace, SettingsError
 from diffusionact.landmarks import Landmarks
 from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.web import messages
+from diffusionact.runtime.web.guard import Bucket, Guard
+from diffusionact.runtime.web.pace import EARLY_MS, Pace
+from diffusionact.runtime.web.pictures import BadPicture, decode, size_of
 from diffusionact.runtime.web.server import Site
+from diffusionact.runtime.web.visitor import Close, Limits
 from tests.pages import Browser, Page, Picture, serving, shipped_track
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -20,12 +33,35 @@ Portrait = tuple[UInt8Array, Landmarks]
 FRAME_US = 40_000
 TRACK = shipped_track()
 SIDE = float(max(TRACK.size))
-TOKEN = "a token of more than sixteen"
+ABNORMAL = aiohttp.WSCloseCode.ABNORMAL_CLOSURE
+TOKEN = "a-token-of-more-than-sixteen"
+
+
+class FakeTracker:
+    """Knows one face in any portrait, or as many as it is told, and a driver by its brightness."""
+
+    def __init__(self, faces: list[Landmarks]) -> None:
+        self.faces, self.closed = faces, False
+
+    def detect(self, image_bgr: UInt8Array) -> list[Landmarks]:
+        return self.faces
+
+    def track(self, image_bgr: UInt8Array) -> Landmarks:
+        number = round(float(image_bgr.mean()))
+        if number == 0:
+            raise NoFace("black")
+        face = TRACK[number]
+        assert face is not None
+        return face
+
+    def close(self) -> None:
+        self.closed = True
 
 
 @pytest.fixture(scope="module")
 def act(toy_bundle: Path) -> Iterator[Reenactor]:
-    with Reenactor.load(toy_bundle, settings=Settings(threads=1, backend="ort")) as act:
+    settings = Settings(threads=1, backend="ort")
+    with Reenactor.load(toy_bundle, settings=settings, tracker=FakeTracker([])) as act:
         yield act
 
 
@@ -33,7 +69,7 @@ def visit(
     act: Reenactor,
     use: Callable[[Browser], Awaitable[None]],
     site: Site | None = None,
-    **studio: object,
+    **studio: Any,
 ) -> None:
     """Run one story against a server of its own."""
 
@@ -46,6 +82,18 @@ def visit(
 
 async def drive(page: Page, frames: range) -> list[Picture]:
     return [await page.drive(TRACK[i], SIDE, i, i * FRAME_US) for i in frames]
+
+
+def png(image: UInt8Array) -> bytes:
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+def grey_frame(number: int, at_us: int) -> bytes:
+    jpeg = cv2.imencode(".jpg", np.full((48, 64, 3), number, np.uint8))[1].tobytes()
+    return messages.frame_message(jpeg, number, at_us)
+
+
+# ---- sessions ----
 
 
 def test_a_session_follows_its_driver_and_echoes_what_it_was_sent(act: Reenactor) -> None:
@@ -66,3 +114,442 @@ def test_a_session_follows_its_driver_and_echoes_what_it_was_sent(act: Reenactor
             assert abs(m.sent_ns - m.received_ns - spent) < 10_000  # us, rounded one by one
 
     visit(act, use)
+
+
+def test_sessions_are_not_seen_by_each_other(act: Reenactor) -> None:
+    names, frames = ("ada", "bruno", "chidi"), range(1, 46)
+
+    async def use(browser: Browser) -> None:
+        alone = []
+        for name in names:
+            async with browser.page() as page:
+                await page.begin(name)
+                alone.append([p.jpeg for p in await drive(page, frames)])
+        assert len({jpegs[-1] for jpegs in alone}) == len(names)
+        async with AsyncExitStack() as stack:
+            pages = [await stack.enter_async_context(browser.page()) for _ in names]
+            await asyncio.gather(*(p.begin(n) for p, n in zip(pages, names, strict=True)))
+            together = await asyncio.gather(*(drive(page, frames) for page in pages))
+        assert [[p.jpeg for p in pictures] for pictures in together] == alone
+
+    visit(act, use)
+
+
+def test_another_portrait_and_a_new_neutral_face_within_a_session(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        async with browser.page() as page:
+            await page.begin("ada")
+            first = (await drive(page, range(1, 31)))[-1]
+            await page.say(do="recalibrate")
+            again = await drive(page, range(31, 40))
+            assert not first.neutral and again[-1].neutral
+            await page.begin("goro")
+            other = await drive(page, range(41, 43))
+            assert not np.array_equal(other[-1].image, first.image)
+
+    visit(act, use)
+
+
+def test_a_lost_face_is_told_and_the_portrait_rests(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        async with browser.page() as page:
+            await page.begin()
+            moved = (await drive(page, range(1, 60)))[-1]
+            gone = [await page.drive(None, SIDE, i, i * FRAME_US) for i in range(60, 130)]
+        assert moved.seen and not any(p.seen for p in gone)
+        assert np.array_equal(gone[-1].image, gone[-2].image)
+
+    visit(act, use)
+
+
+def test_a_page_that_comes_back_gets_what_it_had(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        last = []
+        for _ in range(2):
+            async with browser.page() as page:
+                await page.begin("dede")
+                last.append((await drive(page, range(1, 40)))[-1].jpeg)
+                transport = page.socket.get_extra_info("socket")
+                assert transport is not None
+        assert last[0] == last[1]
+
+    visit(act, use)
+
+
+def test_camera_pictures_are_tracked_by_a_tracker_of_the_visitors_own(act: Reenactor) -> None:
+    made: list[FakeTracker] = []
+
+    def new_tracker() -> FakeTracker:
+        made.append(FakeTracker([]))
+        return made[-1]
+
+    async def use(browser: Browser) -> None:
+        async with browser.page() as page, browser.page() as other:
+            await page.begin(transport="frames")
+            await other.begin(transport="frames")
+            seen = []
+            for i in (*range(1, 40), 0):
+                await page.socket.send_bytes(grey_frame(i, (i or 50) * FRAME_US))
+                seen.append(await page.picture())
+            assert [p.seen for p in seen] == [True] * 39 + [False]
+            assert not np.array_equal(seen[30].image, seen[38].image)
+            assert all(p.moments.track_ns > 0 for p in seen)
+
+    visit(act, use, new_tracker=new_tracker)
+    assert len(made) == 2 and all(tracker.closed for tracker in made)
+
+
+def test_without_a_tracker_the_server_takes_points_only_and_says_so(act: Reenactor) -> None:
+    def none() -> FakeTracker:
+        raise BackendMissing("no tracker")
+
+    async def use(browser: Browser) -> None:
+        async with browser.page() as page:
+            await page.say(do="begin", portrait="ada", transport="frames")
+            await page.state("no-tracker")
+            await page.begin("ada")
+
+    visit(act, use, new_tracker=none)
+
+
+# ---- a portrait of the user's own ----
+
+
+def test_a_portrait_of_ones_own_with_the_face_that_is_picked(
+    toy_bundle: Path, portrait: Portrait
+) -> None:
+    image, face = portrait
+    second = face.transformed(np.array([[0.6, 0.0, 40.0], [0.0, 0.6, 5.0]]))
+    settings = Settings(threads=1, backend="ort", tracker="mediapipe")
+
+    async def use(browser: Browser) -> None:
+        async with browser.page() as page:
+            await page.socket.send_bytes(messages.portrait_message(png(image)))
+            found = await page.state("faces")
+            assert found["size"] == [80, 90] and len(found["faces"]) == 2
+            left, top, width, height = found["faces"][0]
+            assert 0 <= left < left + width <= 80 and 0 <= top < top + height <= 90
+            stills = []
+            for number in (0, 1):
+                await page.begin("own", face=number)
+                stills.append(await page.drive(None, SIDE, number, 1000 + number))
+            assert stills[0].image.shape == image.shape
+            assert not np.array_equal(stills[0].image, stills[1].image)
+            await page.say(do="begin", portrait="own", face=2, transport="landmarks")
+            assert await page.closed() == Close.MALFORMED
+        async with browser.page() as stranger:  # nobody else's own
+            await stranger.say(do="begin", portrait="own", face=0, transport="landmarks")
+            assert await stranger.closed() == Close.MALFORMED
+
+    tracker = FakeTracker([face, second])
+    with Reenactor.load(toy_bundle, settings=settings, tracker=tracker) as act:
+        visit(act, use)
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """The first bytes of a PNG that says it is so large."""
+    return png(np.zeros((32, 32, 3), np.uint8))[:16] + struct.pack(">II", width, height) + b"x" * 99
+
+
+@pytest.mark.parametrize(
+    ("encoded", "why"),
+    [
+        (b"GIF89a" + bytes(100), "neither"),
+        (png_of_size(60_000, 60_000), "60000 x 60000"),
+        (png_of_size(64, 64), "cannot be decoded"),
+        (png(np.zeros((8, 200, 3), np.uint8)), "200 x 8"),
+        (b"\xff\xd8\xff\xe0" + bytes(40), "without a size"),
+    ],
+)
+def test_a_portrait_that_is_none_is_refused_and_the_session_goes_on(
+    act: Reenactor, encoded: bytes, why: str
+) -> None:
+    async def use(browser: Browser) -> None:
+        async with browser.page() as page:
+            await page.socket.send_bytes(messages.portrait_message(encoded))
+            assert why in (await page.state("bad-portrait"))["why"]
+            await page.begin()
+
+    visit(act, use)
+
+
+def test_pictures_are_measured_before_they_are_decoded() -> None:
+    image = np.zeros((70, 50, 3), np.uint8)
+    image[:, 25:] = 200
+    for kind in (".png", ".jpg"):
+        encoded = cv2.imencode(kind, image)[1].tobytes()
+        assert size_of(encoded) == (50, 70)
+        assert decode(encoded, 128).shape == (70, 50, 3)
+        with pytest.raises(BadPicture, match="50 x 70"):
+            decode(encoded, 64)
+        with pytest.raises(BadPicture):
+            decode(encoded[: len(encoded) // 8], 128)
+    progressive = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_PROGRESSIVE, 1))[1].tobytes()
+    assert size_of(progressive) == (50, 70)
+
+
+# ---- what is not allowed ----
+
+
+def head(kind: int, flags: int = 0, zero: int = 0, frame: int = 1, at_us: int = 1) -> bytes:
+    return messages.HEAD.pack(kind, flags, zero, frame, at_us)
+
+
+MALFORMED: dict[str, bytes | str] = {
+    "empty": b"",
+    "short": b"\x01\x00\x00",
+    "unknown kind": head(9) + bytes(420),
+    "the server's kind": head(17),
+    "unknown flags": head(1, flags=2),
+    "points that are too few": head(1, flags=1) + bytes(418),
+    "points of nobody": head(1, flags=0) + bytes(420),
+    "another transport": head(2) + b"\xff\xd8\xff",
+    "an empty frame": head(2),
+    "no json": "{",
+    "a list": "[]",
+    "no verb": '{"portrait": "ada"}',
+    "an unknown verb": '{"do": "dance"}',
+    "an unknown portrait": '{"do": "begin", "portrait": "../ada", "transport": "landmarks"}',
+    "an unknown transport": '{"do": "begin", "portrait": "ada", "transport": "pigeons"}',
+    "a face that is no number": '{"do": "begin", "portrait": "own", "face": "1", '
+    '"transport": "landmarks"}',
+    "nested": "[" * 1000,
+    "a long command": '{"do": "' + "x" * 2000 + '"}',
+}
+
+
+def test_a_malformed_message_ends_its_session_and_no_other(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        async with browser.page() as bystander:
+            await bystander.begin("bruno")
+            for i, (name, message) in enumerate(MALFORMED.items(), start=1):
+                async with browser.page() as page:
+                    await page.begin()
+                    if isinstance(message, bytes):
+                        await page.socket.send_bytes(message)
+                    else:
+                        await page.socket.send_str(message)
+                    assert await page.closed() == Close.MALFORMED, name
+                assert (await bystander.drive(TRACK[i], SIDE, i, i * FRAME_US)).frame == i
+
+    visit(act, use)
+
+
+def test_times_must_rise_and_frames_be_asked_for(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        async with browser.page() as page:
+            await page.begin()
+            await page.drive(TRACK[1], SIDE, 1, 5000)
+            await page.socket.send_bytes(messages.landmarks_message(TRACK[2], SIDE, 2, 5000))
+            assert await page.closed() == Close.MALFORMED
+        async with browser.page() as page:
+            await page.begin()
+            for i in (1, 2):
+                await page.socket.send_bytes(messages.landmarks_message(TRACK[i], SIDE, i, i))
+            assert await page.closed() == Close.TOO_FAST
+
+    visit(act, use)
+
+
+def test_oversized_messages_and_too_many_commands_end_a_session(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        async with browser.page() as page:
+            with contextlib.suppress(ConnectionError):  # it is cut off before all of it is sent
+                await page.socket.send_bytes(bytes(messages.MAX_MESSAGE_BYTES + 1))
+            assert await page.closed() in (aiohttp.WSCloseCode.MESSAGE_TOO_BIG, ABNORMAL)
+        async with browser.page() as page:
+            for _ in range(30):
+                await page.say(do="recalibrate")
+            assert await page.closed() == Close.TOO_FAST
+        async with browser.page() as page:  # a frame that is a bomb, in the midst of a session
+            await page.begin(transport="frames")
+            bomb = png_of_size(50_000, 50_000)
+            await page.socket.send_bytes(messages.frame_message(bomb, 1, 1))
+            assert await page.closed() == Close.MALFORMED
+
+    visit(act, use, new_tracker=lambda: FakeTracker([]))
+
+
+def test_any_points_at_all_leave_the_server_standing(act: Reenactor) -> None:
+    rng = np.random.default_rng(5)
+
+    async def use(browser: Browser) -> None:
+        async with browser.page() as page:
+            await page.begin()
+            for i in range(1, 120):
+                body = rng.integers(-32768, 32768, 210).astype("<i2")
+                body[:: i % 5 + 1] //= 3 ** (i % 9)
+                at_us = i * FRAME_US if i < 100 else 2**63 + i * 10**12
+                await page.socket.send_bytes(head(1, 1, frame=i, at_us=at_us) + body.tobytes())
+                picture = await page.picture()
+                assert picture.frame == i and picture.image.std() > 1.0
+
+    visit(act, use)
+
+
+def test_a_server_that_is_full_says_so_until_a_seat_is_free(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        async with browser.page() as first:
+            await first.begin()
+            async with browser.page() as second:
+                assert await second.closed() == Close.FULL
+            await first.drive(TRACK[1], SIDE, 1, 1)
+        await asyncio.sleep(0.05)
+        async with browser.page() as third:
+            await third.begin()
+
+    visit(act, use, Site(sessions=1))
+
+
+def test_an_idle_session_gives_up_its_seat(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        async with browser.page() as quiet:
+            await quiet.begin()
+            assert await quiet.closed() == Close.IDLE
+        async with browser.page() as faceless:  # busy, but nobody is there
+            await faceless.begin()
+            with pytest.raises(ConnectionError):
+                for i in range(1, 10_000):
+                    await faceless.drive(None, SIDE, i, i * FRAME_US)
+            assert faceless.socket.close_code == Close.IDLE
+        async with browser.page() as busy:
+            await busy.begin()
+            started = asyncio.get_running_loop().time()
+            i = 0
+            while asyncio.get_running_loop().time() - started < 1.2:
+                i += 1
+                await busy.drive(TRACK[i % 100], SIDE, i, i * FRAME_US)
+
+    visit(act, use, Site(limits=Limits(idle_s=0.6)))
+
+
+def test_a_token_is_wanted_where_there_is_one(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        for wrong in (None, "a-token-of-more-than-sixteeN", TOKEN[:-1]):
+            async with browser.page(token=wrong) as page:
+                assert await page.closed() == Close.TOKEN
+        async with browser.page(token=TOKEN) as page:
+            assert page.socket.protocol == "diffusionact"  # the token is not sent back
+            await page.begin()
+        async with browser.page(Authorization=f"Bearer {TOKEN}") as page:
+            await page.begin()
+        about = await (await browser.http.get(browser.server.make_url("/api/site"))).text()
+        assert '"token": true' in about and TOKEN not in about
+
+    visit(act, use, Site(token=TOKEN))
+
+
+def test_other_hosts_and_other_sites_are_refused(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        async def status(path: str, **headers: str) -> int:
+            url = browser.server.make_url(path)
+            async with browser.http.get(url, headers=headers) as answer:
+                return answer.status
+
+        port = browser.server.port
+        assert await status("/", Host=f"localhost:{port}") == 200
+        assert await status("/", Host=f"[::1]:{port}") == 200
+        assert await status("/", Host=f"192.168.7.5:{port}") == 200
+        for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", ""):
+            assert await status("/", Host=host) == 421, host
+        assert await status("/", Host="studio.lan") == 200
+        here = f"http://127.0.0.1:{port}"
+        assert await status("/", Origin=here) == 200
+        for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
+            assert await status("/", Origin=origin) == 403, origin
+            with pytest.raises(aiohttp.WSServerHandshakeError):
+                async with browser.page(Origin=origin):
+                    pass
+        async with browser.page(Origin=here) as page:
+            await page.begin()
+
+    visit(act, use, Site(names=("studio.lan",)))
+
+
+def test_files_come_with_a_policy_and_none_but_the_pages_own(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        for path in ("/", "/page/app.js", "/page/style.css", "/portraits/ada.png", "/nothing"):
+            async with browser.http.get(browser.server.make_url(path)) as answer:
+                policy = answer.headers["Content-Security-Policy"]
+                assert "default-src 'none'" in policy and "unsafe-inline" not in policy
+                assert answer.headers["X-Content-Type-Options"] == "nosniff"
+                assert (answer.status == 200) is (path != "/nothing"), path
+        for path in ("/page/..%2fserver.py", "/page/../server.py", "/portraits/..%2fface68.npz",
+                     "/portraits/ada.landmarks.npz", "/tracker/package.json"):  # fmt: skip
+            raw = aiohttp.client.URL(f"{browser.server.make_url('/')}"[:-1] + path, encoded=True)
+            async with browser.http.get(raw) as answer:
+                assert answer.status == 404, path
+
+    visit(act, use)
+
+
+def test_nothing_of_a_user_is_written_or_logged(
+    act: Reenactor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    marker = "my-secret-name"
+
+    async def use(browser: Browser) -> None:
+        async with browser.page() as page:
+            await page.socket.send_bytes(messages.portrait_message(marker.encode()))
+            await page.state("bad-portrait")
+            await page.begin()
+            await drive(page, range(1, 10))
+            await page.say(do=marker)
+            assert await page.closed() == Close.MALFORMED
+
+    with caplog.at_level(logging.DEBUG):
+        visit(act, use)
+    assert list(tmp_path.iterdir()) == [] and marker not in caplog.text
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+def test_other_machines_are_let_in_with_a_token_only() -> None:
+    with pytest.raises(SettingsError, match="--token"):
+        Site(host="0.0.0.0")
+    with pytest.raises(SettingsError, match="sessions"):
+        Site(sessions=0)
+    with pytest.raises(SettingsError, match="16 or more"):
+        Guard("short")
+    Site(host="0.0.0.0", token=TOKEN)
+    Site(host="::1")
+
+
+# ---- parts ----
+
+
+def test_a_bucket_gives_so_many_at_once_and_so_many_a_second() -> None:
+    now = 0.0
+    bucket = Bucket(3, 2.0, clock=lambda: now)
+    assert [bucket.take() for _ in range(4)] == [True, True, True, False]
+    now = 1.0
+    assert [bucket.take() for _ in range(3)] == [True, True, False]
+
+
+def test_the_pace_brings_frames_just_before_the_renderer_is_free() -> None:
+    """A page that answers 12 ms after it was asked, a renderer that takes 40 ms a frame."""
+    pace, free_ms, waits = Pace(), 0.0, []
+    asked_ms = 0.0
+    for _ in range(60):
+        ready_ms = asked_ms + 12.0
+        begun_ms = max(ready_ms, free_ms)
+        pace.learn(*(round(1e6 * ms) for ms in (ready_ms, begun_ms, free_ms)))
+        waits.append(begun_ms - ready_ms)
+        free_ms, asked_ms = begun_ms + 40.0, begun_ms + pace.delay_ms
+    assert waits[1] > 20.0  # at first as early as can be
+    assert waits[-1] == pytest.approx(EARLY_MS, abs=0.5)
+
+
+def test_landmarks_survive_the_wire() -> None:
+    face = TRACK[40]
+    assert face is not None
+    packet = messages.read_packet(messages.landmarks_message(face, SIDE, 7, 123))
+    assert (packet.frame, packet.captured_us, packet.seen) == (7, 123, True)
+    assert len(packet.body) == 420
+    back = messages.landmarks_of(packet)
+    assert back is not None
+    scale = SIDE / messages.REFERENCE_PX
+    np.testing.assert_allclose(back.points * scale, face.points, atol=SIDE / messages.UNITS)
+    np.testing.assert_allclose(back.gaze * scale, face.gaze, atol=SIDE / messages.UNITS)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from diffusionact.assets import portrait_paths
 from diffusionact.errors import BackendMissing, NoFace
 from diffusionact.landmarks import Landmarks, Track, sidecar_path
+from diffusionact.runtime.overlay import labelled
 from diffusionact.runtime.reenactor import Reenactor, Result
 from diffusionact.runtime.session import Session
 from diffusionact.runtime.source import Source
@@ -162,8 +163,8 @@ class Studio:
         await _in(self._tracking, tracker.close)
 
     async def jpeg(self, image_bgr: UInt8Array) -> bytes:
-        """Return the JPEG of a picture."""
-        return await _in(self._encoding, lambda: encode(image_bgr))
+        """Return the JPEG of a picture, which says in a corner that it was generated."""
+        return await _in(self._encoding, lambda: encode(labelled(image_bgr)))
 
     async def close(self) -> None:
         """Return when the threads have ended; what waits is not begun."""

@@ -120,18 +120,19 @@ class Visitor:
             coming.cancel()
 
     async def _take(self, message: str | bytes) -> None:
-        if isinstance(message, bytes):
-            packet = read_packet(message)
-            if packet.kind is not Kind.PORTRAIT:
-                self._take_frame(packet)
-                return
+        packet = read_packet(message) if isinstance(message, bytes) else None
+        if packet is not None and packet.kind is not Kind.PORTRAIT:
+            self._take_frame(packet)
+            return
         if not self._commands.take():
             raise Leave(Close.TOO_FAST, f"more than {self._limits.commands} commands at once")
         self._active_s = time.monotonic()
-        if isinstance(message, bytes):
+        if packet is not None:
             await self._take_portrait(packet.body)
-            return
-        command = read_command(message)
+        else:
+            await self._take_command(read_command(str(message)))
+
+    async def _take_command(self, command: Mapping[str, Any]) -> None:
         if command["do"] == "begin":
             await self._begin(command)
         elif command["do"] == "recalibrate" and self._session is not None:
