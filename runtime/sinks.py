@@ -75,7 +75,10 @@ def open_sink(spec: str, title: str = "diffusionact") -> Sink:
 
 
 class FileSink:
-    """A video of what was shown, each picture from the moment it was shown to the next."""
+    """A video of what was shown, each picture from the moment it was shown to the next.
+
+    begun_ns: the moment of the first, which is 0 in the file, on the monotonic clock.
+    """
 
     wants_overlay = False
 
@@ -83,14 +86,14 @@ class FileSink:
         self.name = str(path)
         self._writer = VideoWriter(path, RECORD_TICK, None, RECORD_OPTIONS)
         self._size: tuple[int, int] | None = None
-        self._begun_ns = 0
+        self.begun_ns = 0
 
     def show(self, image_bgr: Image) -> int:
         now_ns = time.monotonic_ns()
         if self._size is None:
-            self._size, self._begun_ns = (image_bgr.shape[1], image_bgr.shape[0]), now_ns
+            self._size, self.begun_ns = (image_bgr.shape[1], image_bgr.shape[0]), now_ns
         picture = fitted(image_bgr, self._size)
-        self._writer.write(picture, now_ns - self._begun_ns, FRAME_NS, _NOWHERE)
+        self._writer.write(picture, now_ns - self.begun_ns, FRAME_NS, _NOWHERE)
         return now_ns
 
     def keys(self) -> Sequence[str]:
