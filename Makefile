@@ -6,7 +6,8 @@
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 INSTALL := $(PIP) install --no-warn-conflicts -c constraints.txt
-WANTED := pyproject.toml constraints.txt CMakeLists.txt $(wildcard runtime/kernels/*.cu)
+WANTED := pyproject.toml constraints.txt CMakeLists.txt $(wildcard runtime/kernels/*.cu) \
+  runtime/web/CMakeLists.txt runtime/web/package-lock.json
 # The networks of the tests are tiny: a second thread would mostly wait for the first.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 

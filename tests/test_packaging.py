@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from packaging.version import Version
 
 from diffusionact import __version__
 from diffusionact.runtime.tracker import LEAN_INSTALL, MEDIAPIPE_VERSION
+from diffusionact.runtime.web.server import TRACKER_FILES
 
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -99,7 +101,7 @@ def hook(call: str, folder: Path, **settings: str) -> Path:
     """Return the file that a hook of the build backend made of a copy of this checkout."""
     copy = folder / "checkout"
     ignored = shutil.ignore_patterns(
-        ".venv", ".git", "__pycache__", "build", "out", "runs", ".*_cache"
+        ".venv", ".git", "__pycache__", "build", "out", "runs", ".*_cache", "node_modules"
     )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
     code = f"import scikit_build_core.build as b; print(b.{call}({str(folder)!r}, {settings!r}))"
@@ -115,7 +117,8 @@ def is_product(name: str) -> bool:
 
 
 def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
-    wheel = hook("build_wheel", tmp_path, **{"cmake.define.DIFFUSIONACT_CUDA": "OFF"})
+    off = {"cmake.define.DIFFUSIONACT_CUDA": "OFF", "cmake.define.DIFFUSIONACT_WEB_TRACKER": "OFF"}
+    wheel = hook("build_wheel", tmp_path, **off)
     assert wheel.name == f"diffusionact-{__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if not is_product(name)} == set()
@@ -128,10 +131,37 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     shipped = {path for path in (ROOT / "diffusionact" / "assets").rglob("*") if path.is_file()
                and not {"__pycache__", "engines"} & {*path.parts}}  # fmt: skip
     assert {path.relative_to(ROOT).as_posix() for path in shipped} <= names
+    page = {path.name for path in (ROOT / "runtime" / "web" / "page").iterdir()}
+    assert {f"diffusionact/runtime/web/page/{name}" for name in page} <= names
     kernels = {path.name for path in (ROOT / "runtime" / "kernels").glob("*.cu")}
     assert {f"diffusionact/runtime/kernels/{name}" for name in kernels} <= names  # for NVRTC
-    unwanted = re.compile(r"\.engine$|/face\.bundle/engines/|/checkpoints/|/__pycache__/")
+    unwanted = re.compile(
+        r"\.engine$|/face\.bundle/engines/|/checkpoints/|/__pycache__/|node_modules|/tracker/"
+    )
     assert [name for name in names if unwanted.search(name)] == []
+
+
+def test_the_pages_tracker_is_locked_to_one_version() -> None:
+    web = ROOT / "runtime" / "web"
+    wanted = json.loads((web / "package.json").read_text())["dependencies"]
+    locked = json.loads((web / "package-lock.json").read_text())["packages"]
+    assert set(locked) == {"", *(f"node_modules/{name}" for name in wanted)}
+    for name, version in wanted.items():
+        package = locked[f"node_modules/{name}"]
+        assert package["version"] == version and package["integrity"].startswith("sha512-")
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="no npm on this machine")
+def test_wheel_holds_the_pages_tracker_where_npm_works(tmp_path: Path) -> None:
+    reach = subprocess.run(["npm", "view", "@mediapipe/face_mesh", "name"], capture_output=True)
+    if reach.returncode != 0:
+        pytest.skip("the npm registry cannot be reached")
+    wheel = hook("build_wheel", tmp_path, **{"cmake.define.DIFFUSIONACT_CUDA": "OFF"})
+    folder = "diffusionact/runtime/web/tracker"
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if name.startswith(folder)}
+        assert b"Apache License" in archive.read(f"{folder}/LICENSE")
+    assert {f"{folder}/{name}" for name in TRACKER_FILES} < names
 
 
 @pytest.mark.slow  # compiles for every GPU generation
@@ -146,6 +176,7 @@ def test_sdist_holds_the_folders_not_the_links(tmp_path: Path) -> None:
     with tarfile.open(hook("build_sdist", tmp_path)) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {"pyproject.toml", "CMakeLists.txt", "LICENSE", "runtime/kernels/pack.cu"} <= names
+    assert {f"runtime/web/{name}" for name in ("CMakeLists.txt", "package-lock.json")} <= names
     for name in SUB_PACKAGES:
         assert f"{name}/__init__.py" in names
         assert not any(other.startswith(f"diffusionact/{name}") for other in names)
