@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffusionact import schedule
-from diffusionact.training.models import Autoencoder, ReenactmentEncoder
+from diffusionact.training.models import ReenactmentEncoder
 from diffusionact.training.models.blocks import ResBlock, resample
+from diffusionact.training.models.unet import UNet
 
 Float64Array = NDArray[np.float64]
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,7 +44,7 @@ class PublishedLoop:
     def __init__(
         self,
         encoder: ReenactmentEncoder,
-        unet: Autoencoder,
+        unet: UNet,
         *,
         device: str = "cpu",
         autocast: torch.dtype | None = None,
@@ -191,7 +192,7 @@ class Tables:
         return on_x0 * x_0 + on_x * x, variance, log_variance
 
 
-def published_eps(unet: Autoencoder, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
+def published_eps(unet: UNet, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
     """The prediction, with all that the published forward pass computes.
 
     x: [N,3,S,S]; t: int64 [N]; z: [N,Z]
