@@ -129,6 +129,11 @@ class LiveSession:
             seconds = (time.monotonic_ns() - begun_ns) / NS
         return self._report(seconds, pipeline)
 
+    def recent(self) -> list[tuple[int, int]]:
+        """Return when the faces of the last second were shown, on the monotonic clock, and the
+        latency of each, ns; from any thread."""
+        return list(self._recent)
+
     def _warm_up(self) -> None:
         """Run every stage: first calls take much longer, and are nobody's latency."""
         source = self._current.source
@@ -191,6 +196,8 @@ class LiveSession:
         self._tally.add(watch.times)
         total_ns = sum(watch.times.values())
         self._recent.append((shown_ns, total_ns))
+        while shown_ns - self._recent[0][0] > RECENT_NS:
+            self._recent.popleft()
         if self._control is not None:
             busy_ns = sum(rendered.result.times.values())
             self._steps = self._control.observe(
@@ -206,14 +213,14 @@ class LiveSession:
 
     def _lines(self, rendered: Rendered, pipeline: Pipeline) -> list[str]:
         """The figures of the last second, and the session's state where it is not the usual."""
-        now_ns = time.monotonic_ns()
-        while self._recent and now_ns - self._recent[0][0] > RECENT_NS:
-            self._recent.popleft()
-        usual_ms = np.median([total_ns for _, total_ns in self._recent or [(0, 0)]]) / 1e6
-        latency = f"  {usual_ms:.0f} ms" if self._camera.live and self._recent else ""
+        since_ns = time.monotonic_ns() - RECENT_NS
+        recent_ns = [total_ns for shown_ns, total_ns in self.recent() if shown_ns > since_ns]
+        latency = ""
+        if self._camera.live and recent_ns:
+            latency = f"  {np.median(recent_ns) / 1e6:.0f} ms"
         dropped = sum(pipeline.dropped.values())
         lines = [
-            f"{len(self._recent) * NS / RECENT_NS:.0f} fps{latency}  "
+            f"{len(recent_ns) * NS / RECENT_NS:.0f} fps{latency}  "
             f"{rendered.result.steps} steps  {dropped} dropped"
         ]
         if rendered.frame is None:
