@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -105,15 +106,35 @@ def why_not() -> str | None:
     return None
 
 
-class _Memory:
-    """What a call of the driver made and another frees: once, with its last user."""
+@functools.cache
+def _context(index: int) -> Any:
+    """The GPU's primary context, kept until the process ends: other libraries use it too."""
+    driver = _driver()
+    return _done(driver.cuDevicePrimaryCtxRetain(_done(driver.cuDeviceGet(index))))
 
-    def __init__(self, ptr: int, nbytes: int, free: Callable[[int], Any]) -> None:
+
+def _freed_with(owner: object, free: Callable[[Any], Any], handle: Any) -> None:
+    """Nothing; `free` gets the handle once, when nobody uses the owner any more."""
+    context = _done(_driver().cuCtxGetCurrent())
+    ending = weakref.finalize(owner, _free, context, free, handle)
+    # The process's end frees it all; by then the driver may be gone.
+    ending.atexit = False
+
+
+def _free(context: Any, free: Callable[[Any], Any], handle: Any) -> None:
+    """Nothing; called in whichever thread let go of the owner, so that brings its context."""
+    driver = _driver()
+    driver.cuCtxPushCurrent(context)
+    free(handle)
+    driver.cuCtxPopCurrent()
+
+
+class _Memory:
+    """What a call of the driver made and another frees."""
+
+    def __init__(self, ptr: int, free: Callable[[Any], Any]) -> None:
         self.ptr = ptr
-        self.nbytes = nbytes
-        self.close = weakref.finalize(self, free, ptr)
-        # The process's end frees it all; by then the driver may be gone.
-        self.close.atexit = False
+        _freed_with(self, free, ptr)
 
 
 class DeviceArray:
@@ -152,10 +173,15 @@ def allocate(shape: Sequence[int], dtype: str) -> DeviceArray:
     try:
         ptr = int(_done(driver.cuMemAlloc(max(1, nbytes))))
     except DeviceError as error:
-        free, total = _done(driver.cuMemGetInfo())
-        told = f"{nbytes >> 20} MiB of GPU memory wanted, {free >> 20} of {total >> 20} MiB free"
+        free, total = (count >> 20 for count in _done(driver.cuMemGetInfo()))
+        told = f"{nbytes >> 20} MiB of GPU memory wanted, {free} of {total} MiB free"
         raise DeviceError(f"{told}: {error}") from error
-    return DeviceArray(_Memory(ptr, nbytes, driver.cuMemFree), ptr, shape, dtype)
+    return DeviceArray(_Memory(ptr, driver.cuMemFree), ptr, shape, dtype)
+
+
+def free_bytes() -> int:
+    """Return how much memory is free on the GPU that the calling thread works on."""
+    return int(_done(_driver().cuMemGetInfo())[0])
 
 
 class _Pinned:
@@ -197,7 +223,7 @@ class Event:
         self._driver = _driver()
         self._stream = device.stream
         self._handle = _done(self._driver.cuEventCreate(0))
-        weakref.finalize(self, self._driver.cuEventDestroy, self._handle).atexit = False
+        _freed_with(self, self._driver.cuEventDestroy, self._handle)
 
     def record(self) -> None:
         _done(self._driver.cuEventRecord(self._handle, self._stream))
@@ -217,7 +243,7 @@ class Graph:
         self._driver = _driver()
         self._stream = device.stream
         self._handle = handle
-        weakref.finalize(self, self._driver.cuGraphExecDestroy, handle).atexit = False
+        _freed_with(self, self._driver.cuGraphExecDestroy, handle)
 
     def launch(self) -> None:
         _done(self._driver.cuGraphLaunch(self._handle, self._stream))
@@ -231,15 +257,13 @@ class Device:
         self.gpu = probe(index)
         self._driver = driver = _driver()
         self._modules: dict[str, Any] = {}
-        device = _done(driver.cuDeviceGet(index))
-        self._context = _done(driver.cuDevicePrimaryCtxRetain(device))
-        self.close = weakref.finalize(self, driver.cuDevicePrimaryCtxRelease, device)
-        self.close.atexit = False
+        self._context = _context(index)
         self.activate()
         # One that the default stream does not wait for, so that other libraries' work does not
         # end up in the middle of ours; capture asks for one too.
         flag = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         self.stream = int(_done(driver.cuStreamCreate(flag)))
+        _freed_with(self, driver.cuStreamDestroy, self.stream)
 
     def activate(self) -> None:
         _done(self._driver.cuCtxSetCurrent(self._context))
@@ -250,7 +274,7 @@ class Device:
     def pinned(self, shape: Sequence[int], dtype: str) -> Array:
         nbytes = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
         ptr = int(_done(self._driver.cuMemHostAlloc(nbytes, 0)))
-        memory = _Memory(ptr, nbytes, self._driver.cuMemFreeHost)
+        memory = _Memory(ptr, self._driver.cuMemFreeHost)
         array: Array = np.asarray(_Pinned(memory, shape, dtype))
         array[...] = 0
         return array
@@ -288,15 +312,23 @@ class Device:
         # Thread-local: what other threads do, PyTorch's or a video decoder's, stays allowed.
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self.synchronize()
+        collects = gc.isenabled()
+        gc.disable()  # what it frees may be memory of the GPU, which would spoil the recording
         _done(driver.cuStreamBeginCapture(self.stream, mode))
+        problem: Exception | None = None
         try:
             work()
-        except BaseException:
-            code, graph = driver.cuStreamEndCapture(self.stream)
-            if int(code) == 0:
-                driver.cuGraphDestroy(graph)
-            raise
-        graph = _done(driver.cuStreamEndCapture(self.stream))
+        except Exception as error:  # other libraries' classes share no other root
+            problem = error
+        finally:
+            ended = driver.cuStreamEndCapture(self.stream)
+            if collects:
+                gc.enable()
+        if problem is not None:
+            if int(ended[0]) == 0:
+                driver.cuGraphDestroy(ended[1])
+            raise DeviceError(f"not recordable: {problem}") from problem
+        graph = _done(ended)
         try:
             made = Graph(self, _done(driver.cuGraphInstantiate(graph, 0)))
         finally:
@@ -311,7 +343,7 @@ class Device:
             try:
                 return _done(self._driver.cuModuleLoadData(image))
             except DeviceError as error:
-                problem = error  # of another architecture, or a damaged cache: the next one
+                problem = error  # of other GPUs, or a damaged cache: the next one
         raise DeviceError(f"kernels {file}.cu do not load on {self.gpu.name}: {problem}")
 
 
