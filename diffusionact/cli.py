@@ -19,6 +19,7 @@ from diffusionact.commands import (
     bench,
     bench_compare,
     build,
+    calibrate,
     check,
     demo,
     export,
@@ -34,7 +35,9 @@ from diffusionact.commands.output import talk_options
 from diffusionact.errors import DiffusionActError, SettingsError
 
 # In the order of --help; the second are those that take the options of a model.
-COMMANDS = (demo, run, live, serve, import_, export, build, train, check, bench, bench_compare)
+COMMANDS = (
+    demo, run, live, serve, import_, export, build, calibrate, train, check, bench, bench_compare,
+)  # fmt: skip
 OF_A_MODEL = (demo, run, live, serve)
 LOG_VARIABLE = "DIFFUSIONACT_LOG"
 LEVELS = ("debug", "info", "warning", "error")

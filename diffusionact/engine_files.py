@@ -23,7 +23,7 @@ from diffusionact.manifest import ComponentSpec, Manifest, TensorSpec, file_sha2
 
 FORMAT = 1
 # Raised when `diffusionact build` makes other graphs of the same bundle: older engines are stale.
-RECIPE = 1
+RECIPE = 2
 FOLDER = "engines"
 SUFFIX = ".engine"
 CACHE_VARIABLE = "DIFFUSIONACT_CACHE"
@@ -90,6 +90,7 @@ class EngineManifest:
     build_s: float
     engine: Census | None = None  # of the finished engine; None: it was not opened here
     parity: Parity | None = None  # None: it was not run here
+    psnr_db: float | None = None  # of 8 bits: the graph against fp32, at calibration
     format: int = FORMAT
 
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import TypeAlias
 
-from diffusionact import engine_files, errors, trt_library
+from diffusionact import engine_files, trt_library
 from diffusionact import manifest as manifest_file
-from diffusionact.decode import decode
 from diffusionact.engine_files import Census, EngineKey, EngineManifest, Gpu, Parity
 from diffusionact.engines import quantize
-from diffusionact.engines.plan import PERCENT, Request, Result
+from diffusionact.engines.plan import PERCENT, Request
+from diffusionact.engines.process import MORE_ROOM, run_child
 from diffusionact.errors import DeviceError, EngineError, SettingsError
 from diffusionact.manifest import ComponentSpec, Manifest
 from diffusionact.progress import StageCallback
@@ -27,8 +24,15 @@ from diffusionact.progress import StageCallback
 Gate: TypeAlias = Callable[[EngineManifest, Path], Parity | None]
 
 LEVELS = range(6)
-PATIENCE_S = 20.0  # for a cancelled builder to come back: one of its steps
-MESSAGE_BYTES = 2000  # of a crashed builder's last words
+BRIEF = 200  # characters of an error, in a warning
+LEAST_WORKSPACE_MIB = 64
+# Of a builder that ran out of memory, the GPU's or the machine's: the libraries' words, C++'s, and
+# how Linux ends a process that takes too much.
+_OUT_OF_MEMORY = (
+    "out of memory", "outofmemory", "out_of_memory", "memoryallocation", "bad_alloc",
+    "insufficient memory", "insufficient workspace", "signal 9",
+)  # fmt: skip
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,7 @@ def build(
             continue
         if found.state in ("truncated", "tampered") and found.path:
             _remove(found.path)
-        part = manifest.components[key.component]
-        path = folder / f"{engine_files.stem(key)}{engine_files.SUFFIX}"
-        made = _build_one(bundle_dir, part, key, settings, path, progress)
+        path, made = _patiently(bundle_dir, manifest, key, settings, folder, progress)
         yield Built(key.component, path, True, _gated(made, path, gate))
 
 
@@ -147,6 +149,12 @@ def _calibration(key: EngineKey, settings: Settings) -> Path | None:
     return settings.calibration / f"{key.component}-{key.precision}.json"
 
 
+def _quality_db(key: EngineKey, settings: Settings) -> float | None:
+    """What the calibration was worth, where there is one."""
+    path = _calibration(key, settings)
+    return quantize.read(path, key.onnx_sha256, key.precision).psnr_db if path else None
+
+
 def _check(settings: Settings) -> None:
     if settings.level not in LEVELS:
         raise SettingsError(f"level {settings.level}; wanted 0 to {LEVELS[-1]}")
@@ -157,7 +165,8 @@ def _check(settings: Settings) -> None:
         raise SettingsError(f"precision {settings.precision!r}; choose from: {known}")
     if settings.precision in quantize.KINDS and settings.calibration is None:
         raise SettingsError(
-            f"precision {settings.precision!r} needs a calibration: docs/engines.md"
+            f"precision {settings.precision!r} needs a calibration; run: diffusionact calibrate "
+            f"BUNDLE --kind {settings.precision} -o DIR, then build with --calibration DIR"
         )
     if settings.gpus and settings.library == "tensorrt":
         raise SettingsError(
@@ -170,6 +179,50 @@ def _check(settings: Settings) -> None:
 def _library(settings: Settings) -> str | None:
     """The one that was asked for, and ahead of time the one that can."""
     return settings.library or ("tensorrt_rtx" if settings.gpus else None)
+
+
+def _patiently(
+    bundle_dir: Path,
+    manifest: Manifest,
+    key: EngineKey,
+    settings: Settings,
+    folder: Path,
+    progress: StageCallback | None,
+) -> tuple[Path, EngineManifest]:
+    """An engine and its manifest; where memory is short, of a lower level than was asked for."""
+    part = manifest.components[key.component]
+    while True:
+        path = folder / f"{engine_files.stem(key)}{engine_files.SUFFIX}"
+        try:
+            return path, _build_one(bundle_dir, part, key, settings, path, progress)
+        except EngineError as error:
+            less = _with_less_memory(key, settings) if _is_short_of_memory(error) else None
+            if less is None:
+                raise
+            key, settings = less
+            log.warning(
+                "%s: memory was short (%s); trying level %d and %d MiB of workspace",
+                key.component, _brief(error), key.level, settings.workspace_mib,
+            )  # fmt: skip
+
+
+def _is_short_of_memory(error: EngineError) -> bool:
+    told = str(error).lower()
+    return any(words in told for words in _OUT_OF_MEMORY)
+
+
+def _with_less_memory(key: EngineKey, settings: Settings) -> tuple[EngineKey, Settings] | None:
+    """The next to try: a level lower, a quarter of the workspace; None at the end of both."""
+    level = max(LEVELS[0], key.level - 1)
+    workspace_mib = max(LEAST_WORKSPACE_MIB, settings.workspace_mib // 4)
+    if level == key.level and workspace_mib >= settings.workspace_mib:
+        return None
+    return replace(key, level=level), replace(settings, workspace_mib=workspace_mib)
+
+
+def _brief(error: EngineError) -> str:
+    text = str(error)
+    return text if len(text) <= BRIEF else f"{text[:BRIEF]}..."
 
 
 def _build_one(
@@ -210,92 +263,15 @@ def _build_one(
             network=result.network,
             engine=result.engine,
             build_s=round(result.build_s, 3),
+            psnr_db=_quality_db(key, settings),
         )
         os.replace(plan, path)
         engine_files.write_manifest(path, manifest)
     except OSError as error:
-        raise EngineError(f"{path}: not written ({error.strerror}); {_MORE_ROOM}") from error
+        raise EngineError(f"{path}: not written ({error.strerror}); {MORE_ROOM}") from error
     finally:
         plan.unlink(missing_ok=True)
     return manifest
-
-
-def run_child(request: Request, report: Callable[[int], object]) -> Result:
-    """Return what a process of its own has built; its memory is free again.
-
-    Raises: what `make_plan` raises, and EngineError when the process dies.
-    """
-    paths = [os.path.abspath(entry) if entry else os.getcwd() for entry in sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", "from diffusionact.engines.child import main; main()"]
-    with tempfile.TemporaryFile() as words:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=words,
-            env=environment,
-            encoding="utf-8",
-        )
-        try:
-            answer = _converse(child, request, report)
-        finally:
-            _end(child)
-        if "result" in answer:
-            return decode(Result, answer["result"])
-        if "error" in answer:
-            raise _error(answer["error"], answer["message"])
-        words.seek(0)
-        raise EngineError(_epitaph(request, child.returncode, words))
-
-
-def _converse(
-    child: subprocess.Popen[str], request: Request, report: Callable[[int], object]
-) -> dict[str, Any]:
-    """The last line of the child, {} if it died before it."""
-    assert child.stdin is not None and child.stdout is not None
-    try:
-        child.stdin.write(json.dumps(asdict(request)) + "\n")
-        child.stdin.flush()
-    except BrokenPipeError:
-        return {}
-    for line in child.stdout:
-        answer: dict[str, Any] = json.loads(line)
-        if "percent" not in answer:
-            return answer
-        report(answer["percent"])
-    return {}
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    """Nothing; the child has ended: of itself, because its stdin is closed, or killed."""
-    assert child.stdin is not None and child.stdout is not None
-    try:
-        child.stdin.close()
-    except BrokenPipeError:
-        pass  # it has died, and a flush found out
-    try:
-        child.wait(PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-    child.stdout.close()  # not before: the child may still be telling how far it is
-
-
-def _error(kind: str, message: str) -> Exception:
-    if kind == "OSError":
-        return EngineError(f"{message}; {_MORE_ROOM}")
-    found: Exception = getattr(errors, kind)(message)
-    return found
-
-
-def _epitaph(request: Request, status: int, words: IO[bytes]) -> str:
-    last = words.read()[-MESSAGE_BYTES:].decode(errors="replace").strip()
-    how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-    return (
-        f"{request.onnx}: the builder {how}{': ' if last else ''}{last}; if memory is short, "
-        "try less --workspace or a lower --level"
-    )
 
 
 def _gated(manifest: EngineManifest, path: Path, gate: Gate | None) -> EngineManifest:
@@ -333,5 +309,4 @@ def describe(census: Census) -> str:
     )
 
 
-_TOLD = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "NORMALIZATION", "SOFTMAX")
-_MORE_ROOM = f"free some space, or set {engine_files.CACHE_VARIABLE} to a folder on another disk"
+_TOLD = ("QUANTIZE", "CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "NORMALIZATION", "SOFTMAX")

@@ -147,6 +147,8 @@ def _config(trt: Any, builder: Any, request: Request) -> Any:
     config = builder.create_builder_config()
     config.builder_optimization_level = request.level
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_mib * MIB)
+    if request.precision == "fp32":  # it is asked for where 10 bits of mantissa are too few
+        config.clear_flag(trt.BuilderFlag.TF32)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the census reads it
     if hasattr(trt, "ComputeCapability"):
         capabilities = _capabilities(trt, request)

@@ -136,6 +136,22 @@ def open_model(
     return OrtComponent(session, inputs, outputs, device)
 
 
+def run_graph(content: bytes, feed: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the outputs by name of an ONNX graph in memory, on the CPU, in one thread: for work
+    on graphs that no bundle has, such as calibration.
+
+    Raises: BundleError when it cannot be opened.
+    """
+    try:
+        session = onnxruntime.InferenceSession(
+            content, _options(threads=1), providers=_providers("cpu", None)
+        )
+    except Exception as error:  # as above
+        raise BundleError(f"ONNX Runtime cannot open a graph made here ({error})") from error
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(feed)), strict=True))
+
+
 def _preload() -> None:
     """Nothing; the CUDA libraries that pip installed, which the loader does not find, are loaded.
 

@@ -134,12 +134,30 @@ def open_model(
     gpu = cuda.probe()
     library, key = _find(path, inputs, outputs, gpu, precision)
     path_of_plan, told = engine_files.require(path.parent, key)
+    mend = f"run: {engine_files.build_command(path.parent, told.key)} --force"
+    return open_plan(path_of_plan, (library, gpu, mend), inputs, outputs, stream)
+
+
+def open_plan(
+    path_of_plan: Path,
+    place: tuple[trt_library.Library, Gpu, str],
+    inputs: Mapping[str, TensorSpec],
+    outputs: Mapping[str, TensorSpec],
+    stream: int | None = None,
+) -> TrtComponent:
+    """Return the engine of a plan's file, whatever it was made of, held to its specs.
+
+    place: the library, the GPU, which `cuda.probe` has named, and what to do if it does not load.
+
+    Raises: EngineError.
+    """
+    library, gpu, mend = place
     lane = _lane(library, stream)
     engine = lane.runtime.deserialize_cuda_engine(path_of_plan.read_bytes())
     if engine is None:
         raise EngineError(
             f"{path_of_plan}: {library.name} {library.version} does not load it on {gpu.name}: "
-            f"{lane.log.text()}; run: {engine_files.build_command(path.parent, told.key)} --force"
+            f"{lane.log.text()}; {mend}"
         )
     _check(path_of_plan, library.module, engine, {**inputs, **outputs}, set(inputs))
     return TrtComponent(engine, inputs, outputs, lane)

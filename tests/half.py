@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
-import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from diffusionact import driver_path, portrait_paths
+from diffusionact import manifest as manifest_file
 from diffusionact.landmarks import Track
-from diffusionact.runtime import ort
-from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.loop import open_loop
+from diffusionact.runtime.recorder import Recorder
+from diffusionact.runtime.reenactor import Reenactor, Settings
 
 Array: TypeAlias = npt.NDArray[Any]
 Feed: TypeAlias = Mapping[str, Array]
@@ -81,34 +81,19 @@ def _alone(node: onnx.NodeProto, inputs: Feed) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[opset], ir_version=10)
 
 
-@contextmanager
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[dict[str, Array]]]]:
-    """What the runtime feeds its networks in the block: name of an output -> inputs in order."""
-    seen: dict[str, list[dict[str, Array]]] = {}
-    plain = ort.OrtComponent.run
-
-    def run_and_record(self: ort.OrtComponent) -> None:
-        inputs = {name: self._arrays[name].copy() for name in self.inputs}
-        seen.setdefault(next(iter(self.outputs)), []).append(inputs)
-        plain(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ort.OrtComponent, "run", run_and_record)
-        yield seen
-
-
-def record_frame(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, list[dict[str, Array]]]:
-    """The inputs of one frame of the shipped driver on a shipped portrait, x_T by inversion."""
+def record_frame(bundle: Path) -> dict[str, list[Feed]]:
+    """The inputs of each network in one frame of the shipped driver on a shipped portrait, x_T by
+    inversion."""
     portrait = portrait_paths()[0]
     face = Track.load(portrait.with_suffix(".landmarks.npz"))[0]
     driver = Track.load(driver_path().with_suffix(".landmarks.npz"))
     picture = cv2.imread(str(portrait))
     assert picture is not None
-    with Reenactor.load(bundle) as act, recorded(monkeypatch) as seen:
+    recorder, manifest = Recorder(), manifest_file.read(bundle)
+    loop = open_loop(bundle, manifest, backend="ort", device="cpu", wrap=recorder.wrap)
+    with Reenactor(manifest, loop, Settings()) as act:
         source = act.prepare(picture, landmarks=face)
-        for inputs in seen.values():
-            inputs.clear()
+        for feeds in recorder.feeds.values():
+            feeds.clear()
         act.reenact(driver[40], source)
-    return seen
+    return {name: list(feeds) for name, feeds in recorder.feeds.items()}

@@ -26,7 +26,7 @@ from diffusionact.engines.quantize import Calibration
 from diffusionact.errors import EngineError, SettingsError
 from tests import half
 
-NAME, OUTPUT = "unet_step", "prediction"
+NAME = "unet_step"
 
 
 def run(model: onnx.ModelProto, feed: quantize.Feed) -> dict[str, Any]:
@@ -41,8 +41,7 @@ def run(model: onnx.ModelProto, feed: quantize.Feed) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def feeds() -> list[dict[str, Any]]:
-    with pytest.MonkeyPatch.context() as patch:
-        return half.record_frame(bundle_path(), patch)[OUTPUT]
+    return [dict(feed) for feed in half.record_frame(bundle_path())[NAME]]
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffusionact.assets import bundle_path
 from diffusionact.commands.exits import DONE
 from diffusionact.commands.extras import extra
 from diffusionact.commands.model import counts, words
 from diffusionact.commands.output import say
+
+if TYPE_CHECKING:
+    from diffusionact.engine_files import EngineManifest
 
 HELP = "A bundle -> TensorRT engines, for this GPU or for named ones."
 
@@ -32,7 +36,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="ahead of time, for GPUs such as sm_89,sm_120 (default: the one here)",
     )
     add("--precision", default="fp16", choices=("fp16", "fp32", "int8", "fp8"))
-    add("--calibration", type=Path, metavar="DIR", help="of 8 bits: see docs/engines.md")
+    add("--calibration", type=Path, metavar="DIR", help="of 8 bits: what calibrate wrote")
     add("--library", choices=("tensorrt", "tensorrt_rtx"), help="(default: what is installed)")
     add(
         "--level", type=int, default=3, metavar="N", help="0 is quick, 5 searches long (default: 3)"
@@ -45,6 +49,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Make engines of a bundle."""
     from diffusionact.progress import StageProgress
+    from diffusionact.runtime.gate import Gate, on_gpu
 
     with extra("build", "rtx"):
         from diffusionact.engines.build import Settings, describe
@@ -62,15 +67,27 @@ def run(arguments: argparse.Namespace) -> int:
             force=arguments.force,
             calibration=arguments.calibration,
         )
+        bundle_dir = Path(arguments.bundle)
+        gate = Gate(bundle_dir, on_gpu)
         with StageProgress("percent", quiet=arguments.quiet) as progress:
-            for built in build_engines(Path(arguments.bundle), settings, progress):
+            for built in build_engines(bundle_dir, settings, progress, gate):
                 told = built.manifest
                 census = told.engine if told.engine is not None else told.network
-                parity = f"{told.parity.max_error:.1e}" if told.parity else "not run here"
                 text = (
                     f"{'built' if built.new else 'valid':<7}{built.title:<18} "
-                    f"{told.key.precision}, {told.plan_bytes / 1e6:.1f} MB, {told.build_s:.1f} s, "
-                    f"{describe(census)}; parity {parity}; {built.path.name}"
+                    f"{_precision(told)}, {told.plan_bytes / 1e6:.1f} MB, {told.build_s:.1f} s, "
+                    f"{describe(census)}; {_parity(told)}; {built.path.name}"
                 )
                 say(arguments, {**dataclasses.asdict(built), "path": str(built.path)}, text)
     return DONE
+
+
+def _precision(told: EngineManifest) -> str:
+    quality = f" {told.psnr_db:.1f} dB" if told.psnr_db is not None else ""
+    return f"{told.key.precision}{quality}, level {told.key.level}"
+
+
+def _parity(told: EngineManifest) -> str:
+    if told.parity is None:
+        return "parity not run here"
+    return f"parity {told.parity.max_error:.1e} of {told.parity.max_allowed:.1e} allowed"
