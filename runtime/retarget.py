@@ -47,13 +47,14 @@ SOFT_FROM = 0.8  # of a limit, where it begins to be felt
 TURN, SHIFT, LIDS, GAZE, EXPRESSION = (
     slice(0, 3), slice(3, 5), slice(5, 7), slice(7, 9), slice(9, None),
 )  # fmt: skip
-# One-Euro per part: cut-off at rest, Hz; its growth, Hz per unit (degree, head unit, ...) a second.
+# One-Euro per part: cut-off at rest, Hz; its growth, Hz per unit (degree, head unit, ...) a second;
+# and the speed that the tracker's noise feigns before a webcam, which is rest.
 FILTERS = (
-    (TURN, 1.5, 0.7),
-    (SHIFT, 1.0, 30.0),
-    (LIDS, 2.0, 8.0),
-    (GAZE, 1.5, 14.0),
-    (EXPRESSION, 2.5, 25.0),
+    (TURN, 0.8, 0.9, 2.0),
+    (SHIFT, 0.7, 36.0, 0.045),
+    (LIDS, 1.5, 9.0, 0.15),
+    (GAZE, 1.2, 15.0, 0.05),
+    (EXPRESSION, 1.2, 28.0, 0.1),
 )
 
 
@@ -300,8 +301,8 @@ def _eased(start: FloatArray, end: FloatArray, share: float) -> FloatArray:
 
 
 def _filter(size: int, strength: float) -> OneEuro:
-    cutoff_hz, beta = np.empty(size), np.empty(size)
-    for part, at_rest, growth in FILTERS:
-        cutoff_hz[part], beta[part] = at_rest, growth
+    cutoff_hz, beta, quiet = np.empty((3, size))
+    for part, at_rest, growth, noise in FILTERS:
+        cutoff_hz[part], beta[part], quiet[part] = at_rest, growth, noise
     weaker = 1.0 / max(strength, 1e-3)
-    return OneEuro(cutoff_hz * weaker, beta * weaker)
+    return OneEuro(cutoff_hz * weaker, beta * weaker, quiet)

@@ -15,12 +15,15 @@ SPEED_CUTOFF_HZ = 1.0
 class OneEuro:
     """A low-pass whose cut-off grows with the speed of each component.
 
-    cutoff_hz: float64 [D], at rest; beta: float64 [D], Hz per unit and second.
-    Source: Casiez, Roussel and Vogel 2012.
+    cutoff_hz: float64 [D], at rest; beta: float64 [D], Hz per unit and second; quiet: float64
+    [D], units a second that noise alone feigns, which open nothing.
+    Source: Casiez, Roussel and Vogel 2012; `quiet` is ours.
     """
 
-    def __init__(self, cutoff_hz: FloatArray, beta: FloatArray) -> None:
-        self._cutoff_hz, self._beta = cutoff_hz, beta
+    def __init__(
+        self, cutoff_hz: FloatArray, beta: FloatArray, quiet: FloatArray | float = 0.0
+    ) -> None:
+        self._cutoff_hz, self._beta, self._quiet = cutoff_hz, beta, quiet
         self.reset()
 
     def reset(self) -> None:
@@ -35,7 +38,8 @@ class OneEuro:
             return value
         speed = (value - self._value) / step_s
         self._speed = self._speed + _gain(SPEED_CUTOFF_HZ, step_s) * (speed - self._speed)
-        cutoff_hz = self._cutoff_hz + self._beta * np.abs(self._speed)
+        moving = np.maximum(np.abs(self._speed) - self._quiet, 0.0)
+        cutoff_hz = self._cutoff_hz + self._beta * moving
         self._value = self._value + _gain(cutoff_hz, step_s) * (value - self._value)
         return self._value
 
