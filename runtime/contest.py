@@ -116,15 +116,21 @@ def peak_memory_mib() -> float | None:
 def _serve(pipe: Connection, maker: Maker, arguments: Sequence[Any]) -> None:
     """The process of a contestant: answers until its input ends."""
     try:
-        made = maker(*arguments)
+        try:
+            made = maker(*arguments)
+        except Exception as error:
+            pipe.send((True, _portable(error)))
+            return
         pipe.send((False, None))
         while True:
             method, given = pipe.recv()
-            pipe.send((False, getattr(made, method)(*given)))
+            try:
+                answer = (False, getattr(made, method)(*given))
+            except Exception as error:
+                answer = (True, _portable(error))
+            pipe.send(answer)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
-    except Exception as error:
-        pipe.send((True, _portable(error)))
 
 
 def _portable(error: Exception) -> Exception:

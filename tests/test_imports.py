@@ -47,6 +47,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("runtime/ort.py", "export/parity.py"),
     "openvino": ("runtime/openvino.py",),
     "numba": ("training/rasterizer.py",),
+    "nvtx": ("runtime/trace.py",),
     "pygame": ("runtime/window.py",),
     "pyvirtualcam": ("runtime/sinks.py",),
 }
