@@ -49,9 +49,12 @@ $(VENV)/bin/pip:
 	exit 2
 
 # Of what mediapipe depends on, its face graph needs protobuf alone.
+# Of what OpenVINO depends on, numpy is there; the other part reports to its makers.
 $(VENV)/.env: $(WANTED) | $(VENV)/bin/pip
 	@echo "installing diffusionact and the face tracker into $(VENV)"
 	@$(INSTALL) -e '.[live,serve]' protobuf
+	@$(INSTALL) --no-deps openvino || \
+	  echo "no OpenVINO for this platform: ONNX Runtime runs the networks, more slowly" >&2
 	@$(INSTALL) --no-deps mediapipe || \
 	  echo "no face tracker for this platform: drivers are landmark tracks (.npz) only" >&2
 	@touch $@

@@ -25,13 +25,14 @@ from diffusionact.engine_files import cache_root
 from diffusionact.errors import SettingsError
 from diffusionact.files import write_whole
 from diffusionact.manifest import Manifest
+from diffusionact.runtime.loop import Approximation
 from diffusionact.runtime.trial import REFERENCE, Measured
 
 LEAST_PSNR_DB = 40.0  # of a frame against fp32: below, an eye that looks for it may see it
 WORTH_IT = 1.1  # how much faster a lower precision must be
 TRIAL = "diffusionact.runtime.trial"
 FOLDER = "choice"  # of the cache directory
-FORMAT = 1
+FORMAT = 2
 TIMEOUT_S = 300.0
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 _log = logging.getLogger("diffusionact")
@@ -72,19 +73,23 @@ def choose(
     precision: str = "auto",
     device: str = "auto",
     threads: int = 0,
+    approximate: Approximation | None = None,
 ) -> Choice:
     """Return the backend and precision for a bundle on this machine.
 
     What the caller names is taken. backend "auto" is the fastest on this CPU, measured now if it
-    is not remembered, in a precision that is as good as fp32 to the eye, or in that of the caller.
+    is not remembered, in a precision that is as good as fp32 to the eye, or in that of the caller;
+    what an approximation of these costs in quality is logged.
 
-    Raises: SettingsError when no backend has the precision here.
+    Raises: SettingsError when no backend has the precision or the approximation here.
     """
     if backend != "auto" or device not in ("auto", "cpu"):
         return Choice(REFERENCE[0] if backend == "auto" else backend, precision)
     if not installed("openvino"):
         return Choice(REFERENCE[0], precision)
-    best = _best(_record(bundle_dir, manifest, threads), precision)
+    best = _best(record := _record(bundle_dir, manifest, threads), precision)
+    if approximate:
+        best = _approximate(record, best, approximate)
     return Choice(best.backend, best.precision)
 
 
@@ -95,7 +100,8 @@ def explain(bundle_dir: Path, manifest: Manifest, *, threads: int = 0) -> str:
     record = _record(bundle_dir, manifest, threads)
     best = _best(record, "auto")
     lines = [f"{best.name}: the fastest whose frame is {LEAST_PSNR_DB:.0f} dB from fp32 or nearer"]
-    for one in sorted(record.candidates, key=lambda c: (c.error != "", c.step_ms)):
+    ranked = sorted(record.candidates, key=lambda c: (c.approximate, c.error != "", c.step_ms))
+    for one in ranked:
         if one.error:
             lines.append(f"  {one.name}: not usable ({one.error})")
             continue
@@ -121,16 +127,31 @@ def installed(library: str) -> bool:
 def _best(record: Record, precision: str) -> Measured:
     """The fastest of the good ones, or of those in the precision that was asked for."""
     asked = precision != "auto"
-    able = [c for c in record.candidates if (not c.error if asked else good(c))]
+    plain = [c for c in record.candidates if not c.approximate]
+    able = [c for c in plain if (not c.error if asked else good(c))]
     able = [c for c in able if not asked or c.precision == precision]
     if asked and not able:
         raise SettingsError(f"no backend on this CPU computes in {precision!r}; leave it 'auto'")
     if not able:
         return Measured(*REFERENCE)
     best = min(able, key=lambda c: c.step_ms)
-    full = [c for c in able if c.precision == "fp32"]
-    plain = min(full, key=lambda c: c.step_ms, default=best)
-    return best if best.step_ms * WORTH_IT <= plain.step_ms else plain
+    full = min((c for c in able if c.precision == "fp32"), key=lambda c: c.step_ms, default=best)
+    return best if best.step_ms * WORTH_IT <= full.step_ms else full
+
+
+def _approximate(record: Record, best: Measured, how: Approximation) -> Measured:
+    """What approximates the best in the way that was asked for; its price is logged."""
+    found = [c for c in record.candidates if c.approximate == how and not c.error]
+    if not found:
+        raise SettingsError(
+            f"no backend on this CPU can approximate by {how!r}; install openvino, or leave it out"
+        )
+    one = found[0]
+    _log.warning(
+        "approximating by %s: frames %.1f dB from exact ones (%s alone %.1f dB), %.1f times as fast",
+        how, one.psnr_db, best.precision, best.psnr_db, best.step_ms / one.step_ms,
+    )  # fmt: skip
+    return one
 
 
 def _record(bundle_dir: Path, manifest: Manifest, threads: int) -> Record:

@@ -72,28 +72,13 @@ def open_component(
     its library is not installed, DeviceError for a device it cannot use, BundleError when the
     model is not as the manifest says.
     """
-    if backend not in BACKENDS:
-        raise SettingsError(f"backend {backend!r} is not known; choose from: {', '.join(BACKENDS)}")
     parts = {**manifest.components, **manifest.tracker}
     if name not in parts:
         raise BundleError(
             f"{bundle_dir}: has no component {name!r}, only {', '.join(sorted(parts))}; "
             "export the bundle again"
         )
-    module = importlib.import_module(BACKENDS[backend])
-    chosen = module.DEVICES[0] if device == "auto" else device
-    if chosen not in module.DEVICES:
-        raise DeviceError(
-            f"backend {backend!r} runs on {', '.join(module.DEVICES)}, not on {chosen!r}; "
-            f"choose one of these, or 'auto'"
-        )
-    known = precisions(module, chosen)
-    rounding = known[0] if precision == "auto" else precision
-    if rounding not in known:
-        raise SettingsError(
-            f"backend {backend!r} computes in {', '.join(known)} on this machine, not "
-            f"in {rounding!r}; choose one of these, or 'auto'"
-        )
+    module, chosen, rounding = _resolved(backend, device, precision)
     spec = parts[name]
     on_stream = {"stream": stream} if chosen == "cuda" else {}
     inputs, outputs = (fixed(specs, sizes or {}) for specs in (spec.inputs, spec.outputs))
@@ -108,6 +93,61 @@ def open_component(
     )
     recorder = recording()
     return component if recorder is None else recorder.watched(name, component)
+
+
+def open_reusing(
+    bundle_dir: Path,
+    manifest: Manifest,
+    *,
+    backend: str,
+    device: str = "cpu",
+    precision: str = "auto",
+    threads: int = 0,
+) -> tuple[Component, Component]:
+    """Return the step network twice: whole, and without its deep part, whose features are those
+    that the whole one had when it last ran. Both have the tensors of `unet_step`.
+
+    Raises: as open_component; SettingsError for a backend that cannot cut a network.
+    """
+    module, chosen, rounding = _resolved(backend, device, precision)
+    if not hasattr(module, "open_reusing"):
+        raise SettingsError(
+            f"backend {backend!r} cannot reuse a network's features; choose 'openvino' on a CPU, "
+            "or approximate nothing"
+        )
+    spec = manifest.components["unet_step"]
+    inputs, outputs = (fixed(specs, {}) for specs in (spec.inputs, spec.outputs))
+    pair: tuple[Component, Component] = module.open_reusing(
+        bundle_dir / spec.file, inputs, outputs,
+        device=chosen, threads=threads, precision=rounding,
+    )  # fmt: skip
+    recorder = recording()
+    if recorder is None:
+        return pair
+    names = ("unet_step", "unet_step_shallow")
+    whole, shallow = (recorder.watched(n, part) for n, part in zip(names, pair, strict=True))
+    return whole, shallow
+
+
+def _resolved(backend: str, device: str, precision: str) -> tuple[Any, str, str]:
+    """The backend's module, and what "auto" is in it."""
+    if backend not in BACKENDS:
+        raise SettingsError(f"backend {backend!r} is not known; choose from: {', '.join(BACKENDS)}")
+    module = importlib.import_module(BACKENDS[backend])
+    chosen = module.DEVICES[0] if device == "auto" else device
+    if chosen not in module.DEVICES:
+        raise DeviceError(
+            f"backend {backend!r} runs on {', '.join(module.DEVICES)}, not on {chosen!r}; "
+            f"choose one of these, or 'auto'"
+        )
+    known = precisions(module, chosen)
+    rounding = known[0] if precision == "auto" else precision
+    if rounding not in known:
+        raise SettingsError(
+            f"backend {backend!r} computes in {', '.join(known)} on this machine, not "
+            f"in {rounding!r}; choose one of these, or 'auto'"
+        )
+    return module, chosen, rounding
 
 
 def precisions(module: Any, device: str) -> tuple[str, ...]:

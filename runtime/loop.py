@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,14 @@ from diffusionact import schedule
 from diffusionact.engine_files import ONCE
 from diffusionact.errors import SettingsError
 from diffusionact.manifest import Manifest, TensorSpec
-from diffusionact.runtime.component import Component, open_component
+from diffusionact.runtime.component import Component, open_component, open_reusing
 from diffusionact.schedule import Run, Step
 
 Float32Array: TypeAlias = npt.NDArray[np.float32]
+Approximation: TypeAlias = Literal["reuse"]
+
+APPROXIMATIONS: tuple[Approximation, ...] = ("reuse",)
+WHOLE_EVERY = 3  # steps, of which one runs the whole network and two reuse its deep features
 
 
 def ddim_step(x: Float32Array, prediction: Float32Array, x_0: Float32Array, step: Step) -> None:
@@ -56,22 +60,28 @@ class Pass:
     time_rows: Float32Array
     modulation: Component
     unet_step: Component
+    shallow: Component | None = None  # the step network on features of its last whole run
 
 
 class _BoundStep:
     """A step network and its buffers; both directions share it when they share their weights."""
 
-    def __init__(self, unet_step: Component) -> None:
-        self._network = unet_step
+    def __init__(self, unet_step: Component, shallow: Component | None = None) -> None:
+        self.whole = unet_step
+        self.shallow = shallow or unet_step
         self.x = _buffer(unet_step.inputs["x_t"])
         self.scale = _buffer(unet_step.inputs["scale"])
         self.shift = _buffer(unet_step.inputs["shift"])
         self._prediction = _buffer(unet_step.outputs["prediction"])
         self._x_0 = np.zeros_like(self.x)
-        unet_step.bind(x_t=self.x, scale=self.scale, shift=self.shift, prediction=self._prediction)
+        for network in (unet_step, shallow):
+            if network is not None:
+                network.bind(
+                    x_t=self.x, scale=self.scale, shift=self.shift, prediction=self._prediction
+                )
 
-    def __call__(self, step: Step) -> None:
-        self._network.run()
+    def __call__(self, network: Component, step: Step) -> None:
+        network.run()
         ddim_step(self.x, self._prediction, self._x_0, step)
 
 
@@ -87,9 +97,17 @@ class _Sampler:
         shift = _buffer(self._modulation.outputs["shift"])
         self._modulation.bind(z=self._z, time_rows=direction.time_rows, scale=scale, shift=shift)
         # A row is copied to where the step network reads: 1 us, where binding anew takes 5 to 12.
+        last = self.steps - 1
         self._rows = tuple(
-            (step, scale[step.row : step.row + 1], shift[step.row : step.row + 1])
-            for step in direction.run.steps
+            (
+                bound_step.shallow
+                if direction.shallow and i % WHOLE_EVERY and i != last
+                else bound_step.whole,
+                step,
+                scale[step.row : step.row + 1],
+                shift[step.row : step.row + 1],
+            )
+            for i, step in enumerate(direction.run.steps)
         )
 
     def sample(self, start: Float32Array, z: Float32Array) -> Float32Array:
@@ -98,10 +116,10 @@ class _Sampler:
         np.copyto(bound_step.x, start)
         np.copyto(self._z, z)
         self._modulation.run()
-        for step, scale, shift in self._rows:
+        for network, step, scale, shift in self._rows:
             np.copyto(bound_step.scale, scale)
             np.copyto(bound_step.shift, shift)
-            bound_step(step)
+            bound_step(network, step)
         return bound_step.x
 
 
@@ -124,7 +142,7 @@ class Loop:
         self._condition = _buffer(encoder.inputs["condition"])
         self._z = _buffer(encoder.outputs["z"])
         encoder.bind(image=self._image, condition=self._condition, z=self._z)
-        bound_step = _BoundStep(render.unet_step)
+        bound_step = _BoundStep(render.unet_step, render.shallow)
         samplers = [_Sampler(one, bound_step) for one in (render, *others)]
         self._render = samplers[0]
         self._prepared = {sampler.steps: sampler for sampler in reversed(samplers)}
@@ -202,6 +220,7 @@ def open_loop(
     device: str = "auto",
     precision: str = "auto",
     threads: int = 0,
+    approximate: Approximation | None = None,
     wrap: Callable[[str, Component], Component] | None = None,
 ) -> Loop:
     """Return the loop of a bundle.
@@ -209,7 +228,8 @@ def open_loop(
     steps: of render, a count or the timesteps themselves; None takes the manifest's choice;
     also: counts to prepare besides, between which `Loop.set_steps` changes at no cost;
     backend, precision: as of open_component, which knows no choice between backends; for that see
-    runtime/choice.py; wrap: makes of a component, by its name, the one that is used.
+    runtime/choice.py; approximate: "reuse" runs the deep part of the step network in the first,
+    the last and every third step only; wrap: makes of a component, by its name, the one that is used.
 
     Raises: what open_component raises, and SettingsError for steps that no schedule gives.
     """
@@ -227,25 +247,36 @@ def open_loop(
         )
         return wrap(name, opened) if wrap else opened
 
-    def direction(run: Run, suffix: str, unet_step: Component) -> Pass:
+    def direction(
+        run: Run, suffix: str, unet_step: Component, shallow: Component | None = None
+    ) -> Pass:
         count = len(run.timesteps)
         time = component("time" + suffix, count)
         time_rows = _buffer(time.outputs["time_rows"])
         time.bind(t=run.timesteps.astype(np.float32), time_rows=time_rows)
         time.run()
-        return Pass(run, time_rows, component("modulation" + suffix, count), unet_step)
+        return Pass(run, time_rows, component("modulation" + suffix, count), unet_step, shallow)
 
     render_run, inversion_run = runs(manifest, steps)
-    step = component("unet_step", 1)
+    shallow = None
+    if approximate == "reuse":
+        step, shallow = open_reusing(
+            bundle_dir, manifest,
+            backend=backend, device=device, precision=precision, threads=threads,
+        )  # fmt: skip
+        if wrap:
+            step, shallow = wrap("unet_step", step), wrap("unet_step_shallow", shallow)
+    else:
+        step = component("unet_step", 1)
     own = "unet_step_invert" in manifest.components
-    render = direction(render_run, "", step)
+    render = direction(render_run, "", step, shallow)
 
     def own_inversion() -> Pass:
         return direction(inversion_run, "_invert", component("unet_step_invert", 1))
 
     invert = own_inversion if own else direction(inversion_run, "", step)
     counts = sorted(set(also) - {len(render_run.timesteps)})
-    others = [direction(runs(manifest, count)[0], "", step) for count in counts]
+    others = [direction(runs(manifest, count)[0], "", step, shallow) for count in counts]
     return Loop(component("encoder", 1), render, invert, others)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,10 @@ finally:
 
 Array: TypeAlias = npt.NDArray[Any]
 
+Part: TypeAlias = Literal["", "whole", "shallow"]  # of a network that is cut
+
 DEVICES = ("cpu",)
+DEEP = "deep"  # the tensor that a network is cut at
 FOLDER = "openvino"  # of the cache directory
 # Raised when other graphs are made of the same ONNX file: what was compiled before is stale.
 RECIPE = 1
@@ -81,12 +84,17 @@ class OpenvinoComponent:
         model: _Compiled,
         inputs: Mapping[str, TensorSpec],
         outputs: Mapping[str, TensorSpec],
+        deep: Array | None = None,
     ) -> None:
+        """deep: of a network that was cut, what it passes on to its other half or gets from it."""
         self.inputs = inputs
         self.outputs = outputs
         self._model = model  # kept alive: its weights lie in the memory that comes with it
         self._request = model.compiled.create_infer_request()
         self._tensors: dict[str, openvino.Tensor] = {}
+        if deep is not None:
+            self._deep = openvino.Tensor(deep, shared_memory=True)
+            self._request.set_tensor(DEEP, self._deep)
 
     def bind(self, **arrays: Array) -> None:
         check_bound({**self.inputs, **self.outputs}, arrays)
@@ -109,8 +117,9 @@ class _ProfiledComponent(OpenvinoComponent):
         model: _Compiled,
         inputs: Mapping[str, TensorSpec],
         outputs: Mapping[str, TensorSpec],
+        deep: Array | None = None,
     ) -> None:
-        super().__init__(model, inputs, outputs)
+        super().__init__(model, inputs, outputs, deep)
         self._noted: list[list[Layer]] = []
 
     def note(self) -> None:
@@ -143,20 +152,43 @@ def open_model(
     threads: 0 means one for each physical core; precision: of the networks' inner arithmetic, what
     is bound stays float32. Raises: BundleError.
     """
-    config: dict[str, Any] = {
+    model = _compiled(path, inputs, outputs, _config(threads, precision))
+    return _kind()(model, inputs, outputs)
+
+
+def open_reusing(
+    path: Path,
+    inputs: Mapping[str, TensorSpec],
+    outputs: Mapping[str, TensorSpec],
+    *,
+    device: str,
+    threads: int,
+    precision: str,
+) -> tuple[OpenvinoComponent, OpenvinoComponent]:
+    """Return a U-Net twice: whole, and the blocks before and after its last skip connection, which
+    take the rest's result from the whole one's last run. Arguments and errors as of open_model.
+
+    Source: Ma, Fang and Wang, "DeepCache: Accelerating Diffusion Models for Free", 2023.
+    """
+    config = _config(threads, precision)
+    cut: tuple[Part, ...] = ("whole", "shallow")
+    models = [_compiled(path, inputs, outputs, config, part) for part in cut]
+    deep = np.zeros(list(models[0].compiled.output(DEEP).shape), np.float32)
+    whole, shallow = (_kind()(model, inputs, outputs, deep) for model in models)
+    return whole, shallow
+
+
+def _kind() -> type[OpenvinoComponent]:
+    return OpenvinoComponent if recording() is None else _ProfiledComponent
+
+
+def _config(threads: int, precision: str) -> dict[str, Any]:
+    return {
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
         "PERF_COUNT": recording() is not None,
     }
-    try:
-        model = _compiled(path, inputs, outputs, config)
-    except RuntimeError as error:
-        raise BundleError(
-            f"{path}: OpenVINO {openvino.__version__} cannot open it ({_first_line(error)}). {_MEND}"
-        ) from error
-    kind = OpenvinoComponent if recording() is None else _ProfiledComponent
-    return kind(model, inputs, outputs)
 
 
 def _compiled(
@@ -164,18 +196,27 @@ def _compiled(
     inputs: Mapping[str, TensorSpec],
     outputs: Mapping[str, TensorSpec],
     config: Mapping[str, Any],
+    part: Part = "",
 ) -> _Compiled:
-    """The model from the cache, or made from the .onnx file and put there."""
-    kept = _cache_file(path, inputs, config["INFERENCE_PRECISION_HINT"])
+    """The model from the cache, or made from the .onnx file and put there.
+
+    Raises: BundleError.
+    """
+    kept = _cache_file(path, inputs, config["INFERENCE_PRECISION_HINT"], part)
     found = _from_cache(kept, config)
     if found is not None:
         return found
-    model = _core().read_model(path)
-    _check_model(path, "inputs", model.inputs, inputs)
-    _check_model(path, "outputs", model.outputs, outputs)
-    model.reshape({name: list(spec.shape) for name, spec in inputs.items()})
-    _rewrite_norms(model)
-    made = _core().compile_model(model, "CPU", config)
+    try:
+        model = _core().read_model(path)
+        _check_model(path, "inputs", model.inputs, inputs)
+        _check_model(path, "outputs", model.outputs, outputs)
+        model.reshape({name: list(spec.shape) for name, spec in inputs.items()})
+        _rewrite_norms(model)
+        made = _core().compile_model(_cut(path, model, part) if part else model, "CPU", config)
+    except RuntimeError as error:
+        raise BundleError(
+            f"{path}: OpenVINO {openvino.__version__} cannot open it ({_first_line(error)}). {_MEND}"
+        ) from error
     _to_cache(kept, made)
     return _Compiled(made)
 
@@ -185,7 +226,7 @@ def _core() -> openvino.Core:
     return openvino.Core()
 
 
-def _cache_file(path: Path, inputs: Mapping[str, TensorSpec], hint: str) -> Path:
+def _cache_file(path: Path, inputs: Mapping[str, TensorSpec], hint: str, part: Part) -> Path:
     """Where the compiled model lies, named by all that it was made from."""
     key = {
         "recipe": RECIPE,
@@ -194,6 +235,7 @@ def _cache_file(path: Path, inputs: Mapping[str, TensorSpec], hint: str) -> Path
         "cpu": _core().get_property("CPU", "FULL_DEVICE_NAME"),
         "capabilities": sorted(_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
         "precision": hint,
+        "part": part,
         "shapes": {name: spec.shape for name, spec in inputs.items()},
     }
     mark = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -303,6 +345,36 @@ def _norm(norm: Any) -> Any:
     deviation = op.sqrt(op.add(variance, epsilon))
     scale = op.divide(op.reshape(weight, column, False), deviation)
     return op.add(op.multiply(apart, scale), op.reshape(bias, column, False))
+
+
+def _cut(path: Path, model: openvino.Model, part: Part) -> openvino.Model:
+    """The whole model, which gives the features that meet its last skip connection too; or what
+    is left of it when these are given."""
+    joins = [
+        node
+        for node in model.get_ordered_ops()
+        if node.get_type_name() == "Concat" and _joins_features(node)
+    ]
+    if not joins:
+        raise BundleError(f"{path}: no skip connection to cut it at; approximate nothing")
+    deep = joins[-1].input_value(0)
+    parameters, results = model.get_parameters(), model.get_results()
+    if part == "whole":
+        deep.set_names({DEEP})
+        return openvino.Model([*(r.input_value(0) for r in results), deep], parameters, part)
+    given = op.parameter(deep.get_shape(), np.float32, DEEP)
+    given.output(0).set_names({DEEP})
+    for target in deep.get_target_inputs():
+        target.replace_source_output(given.output(0))
+    return openvino.Model([r.input_value(0) for r in results], [*parameters, given], part)
+
+
+def _joins_features(node: Any) -> bool:
+    return (
+        node.get_input_size() == 2
+        and len(node.get_output_shape(0)) == 4
+        and node.get_attributes()["axis"] in (1, -3)
+    )
 
 
 def _integers(values: Any) -> Any:

@@ -25,7 +25,7 @@ from diffusionact.landmarks import Landmarks, Track, crop_matrix
 from diffusionact.manifest import Manifest
 from diffusionact.runtime.choice import choose
 from diffusionact.runtime.component import BACKENDS, PRECISIONS
-from diffusionact.runtime.loop import Loop, open_loop
+from diffusionact.runtime.loop import APPROXIMATIONS, Approximation, Loop, open_loop
 from diffusionact.runtime.published.ranges import stretched_uint8
 from diffusionact.runtime.published.tracker import PublishedTracker
 from diffusionact.runtime.retarget import Retargeter, RetargetSettings
@@ -57,6 +57,7 @@ class Settings:
     step_choices: tuple[int, ...] | None = ()
     backend: str = "auto"  # the fastest here, by measurement (runtime/choice.py)
     precision: str = "auto"  # the fastest that is as good as fp32 to the eye; or its name
+    approximate: Approximation | None = None  # faster and less exact: "reuse", see docs/cpu.md
     threads: int = 0  # 0: one for each physical core
     paste: bool = True  # into the portrait; otherwise Result.frame is the bare crop
     smoothing: float = 1.0  # of the driver's motion: 0 is off, 2 twice as strong
@@ -72,6 +73,9 @@ class Settings:
             if seen != "auto" and seen not in known:
                 choices = ", ".join(("auto", *known))
                 raise SettingsError(f"{what} {seen!r} is not known; choose from: {choices}")
+        if self.approximate not in (None, *APPROXIMATIONS):
+            ways = ", ".join(APPROXIMATIONS)
+            raise SettingsError(f"approximate={self.approximate!r}; choose from: {ways}, or None")
         if self.threads < 0:
             raise SettingsError(f"threads={self.threads}; wanted 0 (one a core) or more")
         if not self.smoothing >= 0.0:
@@ -145,6 +149,7 @@ class Reenactor:
             precision=settings.precision,
             device=device,
             threads=settings.threads,
+            approximate=settings.approximate,
         )
         loop = open_loop(
             bundle_dir,
@@ -155,6 +160,7 @@ class Reenactor:
             device=device,
             precision=chosen.precision,
             threads=settings.threads,
+            approximate=settings.approximate,
         )
         opener = partial(
             open_tracker_of,

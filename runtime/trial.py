@@ -28,17 +28,19 @@ from diffusionact.landmarks import Track, crop_matrix
 from diffusionact.manifest import Manifest
 from diffusionact.manifest import read as read_manifest
 from diffusionact.runtime.component import BACKENDS, precisions
-from diffusionact.runtime.loop import Loop, open_loop
+from diffusionact.runtime.loop import Approximation, Loop, open_loop
 from diffusionact.runtime.media import read_image
 
 Float32Array: TypeAlias = npt.NDArray[np.float32]
+
+Candidate: TypeAlias = tuple[str, str, Approximation | None]
 
 CANDIDATES = ("openvino", "ort")  # torch needs weights that a bundle has not
 REFERENCE = ("ort", "fp32")  # its frame is what others are held to
 BUDGET_S = 1.0  # of timed frames, over all candidates
 ROUNDS = 15  # of them at most
 STEPS = 8  # of a timed frame at most
-LARGE_BYTES, LARGE_STEPS = 100 * 10**6, 2  # a step of such a network takes about a second
+LARGE_BYTES, LARGE_STEPS = 100 * 10**6, 4  # a step of such a network takes about a second
 EQUAL_DB = 999.0  # stands for infinity, which JSON has not
 
 
@@ -48,6 +50,7 @@ class Measured:
 
     backend: str
     precision: str
+    approximate: str = ""
     step_ms: float = 0.0  # median
     psnr_db: float = 0.0  # of pictures in [-1, 1]; infinite values are stored as 999
     worst: float = 0.0  # the largest difference of a value, of 255
@@ -55,51 +58,59 @@ class Measured:
 
     @property
     def name(self) -> str:
-        return f"{self.backend} {self.precision}"
+        return " ".join(filter(None, (self.backend, self.precision, self.approximate)))
 
 
-def candidates() -> list[tuple[str, str]]:
-    """Return backend and precision of what runs on this CPU, the reference last."""
-    found = []
+def candidates(large: bool = False) -> list[Candidate]:
+    """Return backend, precision and approximation of what runs on this CPU, the reference last.
+
+    large: of each backend the best precision only, for each takes seconds to open.
+    """
+    found: list[Candidate] = []
     for backend in CANDIDATES:
         try:
             module = importlib.import_module(BACKENDS[backend])
         except BackendMissing:
             continue
-        found += [(backend, precision) for precision in precisions(module, "cpu")]
+        known = precisions(module, "cpu")[: 1 if large else None]
+        found += [(backend, precision, None) for precision in known]
+        if hasattr(module, "open_reusing"):
+            found.append((backend, known[0], "reuse"))
     return found
 
 
 def measure(bundle_dir: Path, threads: int) -> list[Measured]:
-    """Return all candidates, measured in this process, one after the other in turns."""
+    """Return all candidates, measured in this process, in turns."""
     manifest = read_manifest(bundle_dir, verify=False)
     large = (bundle_dir / manifest.components["unet_step"].file).stat().st_size > LARGE_BYTES
     steps = LARGE_STEPS if large else min(manifest.render.steps, STEPS)
-    loops: dict[tuple[str, str], Loop] = {}
-    errors: dict[tuple[str, str], str] = {}
-    pairs = candidates()
-    if large:  # each takes seconds to open: the best precision of each backend will do
-        pairs = [p for i, p in enumerate(pairs) if p[0] not in [q[0] for q in pairs[:i]]]
-    for pair in pairs:
+    loops: dict[Candidate, Loop] = {}
+    errors: dict[Candidate, str] = {}
+    for one in candidates(large):
+        backend, precision, approximate = one
         try:
-            loops[pair] = open_loop(
-                bundle_dir, manifest, steps=steps, backend=pair[0], device="cpu",
-                precision=pair[1], threads=threads,
+            loops[one] = open_loop(
+                bundle_dir, manifest, steps=steps, backend=backend, device="cpu",
+                precision=precision, approximate=approximate, threads=threads,
             )  # fmt: skip
         except DiffusionActError as error:
-            errors[pair] = str(error)
+            errors[one] = str(error)
     x_T, image, condition = fixed_input(manifest)
     # The first frame warms up, and is the one that is looked at.
-    frames = {pair: _frame(loop, x_T, image, condition) for pair, loop in loops.items()}
+    frames = {one: _frame(loop, x_T, image, condition) for one, loop in loops.items()}
     spent = _timed(list(loops.values()), x_T, image, condition)
-    medians = dict(zip(loops, spent, strict=True))
-    reference = frames[REFERENCE]
-    return [
-        Measured(*pair, error=errors[pair])
-        if pair in errors
-        else Measured(*pair, medians[pair] / steps, *_apart(frames[pair], reference))
-        for pair in pairs
+    reference = frames[(*REFERENCE, None)]
+    done = [
+        Measured(backend, precision, approximate or "", taken / steps, *_apart(frame, reference))
+        for ((backend, precision, approximate), frame), taken in zip(
+            frames.items(), spent, strict=True
+        )
     ]
+    lost = [
+        Measured(backend, precision, approximate or "", error=error)
+        for (backend, precision, approximate), error in errors.items()
+    ]
+    return done + lost
 
 
 def fixed_input(manifest: Manifest) -> tuple[Float32Array, Float32Array, Float32Array]:

@@ -25,10 +25,11 @@ from diffusionact.runtime.trial import Measured
 
 pytestmark = pytest.mark.usefixtures("measured_choice")
 
-FAST = Measured("openvino", "bf16", 8.0, 53.0, 9.0)
-EXACT = Measured("openvino", "fp32", 16.0, 134.0, 0.0)
-PLAIN = Measured("ort", "fp32", 25.0, 999.0, 0.0)
-ALL = (FAST, EXACT, PLAIN)
+FAST = Measured("openvino", "bf16", "", 8.0, 53.0, 9.0)
+REUSING = Measured("openvino", "bf16", "reuse", 4.0, 43.0, 20.0)
+EXACT = Measured("openvino", "fp32", "", 16.0, 134.0, 0.0)
+PLAIN = Measured("ort", "fp32", "", 25.0, 999.0, 0.0)
+ALL = (FAST, REUSING, EXACT, PLAIN)
 
 
 @pytest.fixture
@@ -92,6 +93,22 @@ def test_a_precision_that_is_asked_for_is_not_judged_but_must_be_there(
     assert judged(*poor, monkeypatch=monkeypatch, precision="fp32") == "openvino fp32"
     with pytest.raises(SettingsError, match="'fp8'"):
         judged(*poor, monkeypatch=monkeypatch, precision="fp8")
+
+
+def test_an_approximation_is_taken_only_when_asked_for_and_tells_its_price(
+    toy_bundle: Path, manifest: Manifest, trials: list[list[str]],
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert choose(toy_bundle, manifest) == Choice("openvino", "bf16")
+    assert not caplog.messages
+    assert choose(toy_bundle, manifest, approximate="reuse") == Choice("openvino", "bf16")
+    (told,) = caplog.messages
+    assert "43.0 dB from exact" in told and "2.0 times as fast" in told
+    assert "openvino bf16 reuse: 4.0 ms a step, 43.0 dB" in explain(toy_bundle, manifest)
+    lost = replace(REUSING, error="no skip connection")
+    answered(monkeypatch, 0, json.dumps([asdict(one) for one in (FAST, lost, EXACT, PLAIN)]))
+    with pytest.raises(SettingsError, match="'reuse'"):
+        choose(toy_bundle, manifest, approximate="reuse", threads=5)
 
 
 def test_what_the_caller_names_is_not_measured(
@@ -186,7 +203,9 @@ def test_measuring_sees_that_a_frame_is_wrong(
         return loop
 
     monkeypatch.setattr(trial, "open_loop", open_wrong)
-    monkeypatch.setattr(trial, "candidates", lambda: [("openvino", "bf16"), ("ort", "fp32")])
+    monkeypatch.setattr(
+        trial, "candidates", lambda large: [("openvino", "bf16", None), ("ort", "fp32", None)]
+    )
     wrong, plain = trial.measure(toy_bundle, 1)
     assert wrong.psnr_db < choice.LEAST_PSNR_DB and wrong.worst > 10
     assert plain.psnr_db == trial.EQUAL_DB and plain.step_ms > 0

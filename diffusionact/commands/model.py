@@ -36,6 +36,11 @@ def model_options() -> argparse.ArgumentParser:
         help="auto, or one that the backend has here, such as fp32 (default: auto)",
     )
     options.add_argument(
+        "--approximate",
+        choices=("reuse",),
+        help="twice as fast, less exact: reuse deep features between steps; says how far it is",
+    )
+    options.add_argument(
         "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
     )
     return options
@@ -51,6 +56,7 @@ def load_reenactor(arguments: argparse.Namespace) -> Reenactor:
         backend=arguments.backend,
         precision=arguments.precision,
         threads=arguments.threads,
+        approximate=arguments.approximate,
         paste=not arguments.crop,
         smoothing=arguments.smoothing,
         absolute_pose=arguments.absolute_pose,
