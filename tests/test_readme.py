@@ -135,4 +135,6 @@ def test_it_names_every_dependency() -> None:
 
 
 def test_nothing_is_left_to_fill_in() -> None:
-    assert re.findall(r"<!--.*?-->", TEXT, re.DOTALL) == []
+    comments = re.findall(r"<!--.*?-->", TEXT, re.DOTALL)
+    places = [r"<!-- measured: \w+: (begin|end) -->"]  # filled by benchmarks/readme_tables.py
+    assert [c for c in comments if not any(re.fullmatch(place, c) for place in places)] == []
