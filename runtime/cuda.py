@@ -222,18 +222,18 @@ class Event:
     def __init__(self, device: Device) -> None:
         self._driver = _driver()
         self._stream = device.stream
-        self._handle = _done(self._driver.cuEventCreate(0))
-        _freed_with(self, self._driver.cuEventDestroy, self._handle)
+        self.handle = _done(self._driver.cuEventCreate(0))
+        _freed_with(self, self._driver.cuEventDestroy, self.handle)
 
     def record(self) -> None:
-        _done(self._driver.cuEventRecord(self._handle, self._stream))
+        _done(self._driver.cuEventRecord(self.handle, self._stream))
 
     def wait(self) -> None:
-        _done(self._driver.cuEventSynchronize(self._handle))
+        _done(self._driver.cuEventSynchronize(self.handle))
 
     def ms_since(self, earlier: Event) -> float:
         """Return the milliseconds between two marks that the stream has passed."""
-        return float(_done(self._driver.cuEventElapsedTime(earlier._handle, self._handle)))
+        return float(_done(self._driver.cuEventElapsedTime(earlier.handle, self.handle)))
 
 
 class Graph:
@@ -294,6 +294,12 @@ class Device:
         copy = self._driver.cuMemcpyDtoDAsync
         _done(copy(target.ptr, source.ptr, source.nbytes, self.stream))
 
+    def wait_for(self, stream: int) -> None:
+        if stream != self.stream:
+            mark = Event(self)
+            _done(self._driver.cuEventRecord(mark.handle, stream))
+            _done(self._driver.cuStreamWaitEvent(self.stream, mark.handle, 0))
+
     def kernel(self, name: str, count: int, *arguments: AnyDeviceArray | int) -> Work:
         file = KERNELS[name]
         if file not in self._modules:
@@ -345,6 +351,15 @@ class Device:
             except DeviceError as error:
                 problem = error  # of other GPUs, or a damaged cache: the next one
         raise DeviceError(f"kernels {file}.cu do not load on {self.gpu.name}: {problem}")
+
+
+@functools.cache
+def first_device() -> Device:
+    """Return the first GPU, the same at every call: for copies outside of any loop.
+
+    Raises: BackendMissing, DeviceError.
+    """
+    return Device()
 
 
 def _same_size(on_device: AnyDeviceArray, on_host: Array) -> None:

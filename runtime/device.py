@@ -100,6 +100,12 @@ class Device(Protocol):
     def copy(self, target: DeviceArray, source: DeviceArray) -> None:
         """Return nothing; of the same size, on the device."""
 
+    def wait_for(self, stream: int) -> None:
+        """Return nothing; what is put on our stream from now on comes after what is on that one.
+
+        stream: a handle, or 1 or 2 for the default streams, as CUDA numbers them.
+        """
+
     def kernel(self, name: str, count: int, *arguments: DeviceArray | int) -> Work:
         """Return the launch of a kernel of KERNELS over `count` elements, ready to be repeated.
 

@@ -123,6 +123,9 @@ class RecordingDevice:
         assert target.nbytes == source.nbytes
         self.enqueue(("copy", target.ptr, source.ptr), lambda: np.copyto(target.host, source.host))
 
+    def wait_for(self, stream: int) -> None:
+        self.enqueue(("wait", stream), lambda: None)
+
     def kernel(self, name: str, count: int, *arguments: Any) -> Work:
         assert name in KERNELS
         twin = TWINS[name]

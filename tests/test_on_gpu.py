@@ -19,7 +19,7 @@ from diffusionact import schedule
 from diffusionact.errors import DeviceError
 from diffusionact.image import to_tensor, to_uint8
 from diffusionact.manifest import TensorSpec
-from diffusionact.runtime import cuda, device, kernel_code
+from diffusionact.runtime import cuda, device, frames, kernel_code
 from diffusionact.runtime.component import check_bound
 from diffusionact.runtime.device_run import DevicePass
 from diffusionact.runtime.graph import GraphLoop
@@ -348,6 +348,24 @@ def test_device_frames_go_in_and_come_out(gpu: cuda.Device, reference: Loop) -> 
     gpu.download(picture, loop.device_picture)
     gpu.synchronize()
     np.testing.assert_array_equal(picture, to_uint8(reference.render(noise(2), wanted)))
+
+
+@pytest.mark.parametrize("stream", [None, 1, 2])
+def test_another_librarys_array_is_read_where_it_lies(gpu: cuda.Device, stream: Any) -> None:
+    theirs = gpu.empty((SIDE, SIDE, 3), "uint8")
+    gpu.upload(theirs, drawing(6))
+    gpu.synchronize()
+
+    class Foreign:
+        __cuda_array_interface__ = {**theirs.__cuda_array_interface__, "stream": stream}
+
+    view = frames.device_view(Foreign(), gpu, "frame", (SIDE, SIDE, 3))
+    assert view.ptr == theirs.ptr
+    loop = graph_loop(gpu, "step")
+    loop.set_source(drawing(1), noise(2))
+    np.testing.assert_array_equal(loop.frame(view).copy(), loop.frame(drawing(6)))
+    np.testing.assert_array_equal(frames.picture(Foreign(), "frame", gpu), drawing(6))
+    np.testing.assert_array_equal(frames.picture(Foreign(), "frame"), drawing(6))
 
 
 def test_nothing_is_left_behind(gpu: cuda.Device) -> None:

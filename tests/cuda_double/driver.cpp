@@ -155,10 +155,15 @@ static Result EventCreate(void** event, unsigned) { NEEDS_CONTEXT; *event = new 
 static Result EventDestroy(void* event) { if (!recording) drain(); delete (Event*)event; return OK; }
 static Result EventRecord(void* event, void* stream) {
   NEEDS_CONTEXT;
-  if (stream != &queue) return INVALID_VALUE;
   Event* e = (Event*)event;
+  if (stream == (void*)1 || stream == (void*)2) return e->passed = true, OK;  // nothing is on those
+  if (stream != &queue) return INVALID_VALUE;
   e->passed = false;
   return put([=] { e->passed = true; e->at_ms = clock_ms; });
+}
+static Result StreamWaitEvent(void* stream, void* event, unsigned flags) {
+  NEEDS_CONTEXT;
+  return stream == &queue && event && !flags ? OK : INVALID_VALUE;
 }
 static Result EventSynchronize(void* event) {
   NEEDS_CONTEXT; NOT_WHILE_RECORDING;
@@ -268,7 +273,7 @@ extern "C" int cuGetProcAddress_v2(const char* name, void** function, int, uint6
     {"cuStreamSynchronize", (void*)StreamSynchronize}, {"cuMemcpyHtoDAsync", (void*)HtoD},
     {"cuMemcpyDtoHAsync", (void*)DtoH}, {"cuMemcpyDtoDAsync", (void*)DtoD},
     {"cuEventCreate", (void*)EventCreate}, {"cuEventDestroy", (void*)EventDestroy},
-    {"cuEventRecord", (void*)EventRecord}, {"cuEventSynchronize", (void*)EventSynchronize},
+    {"cuEventRecord", (void*)EventRecord}, {"cuStreamWaitEvent", (void*)StreamWaitEvent}, {"cuEventSynchronize", (void*)EventSynchronize},
     {"cuEventElapsedTime", (void*)EventElapsedTime}, {"cuStreamBeginCapture", (void*)BeginCapture},
     {"cuStreamEndCapture", (void*)EndCapture}, {"cuGraphInstantiateWithFlags", (void*)Instantiate},
     {"cuGraphUpload", (void*)GraphUpload}, {"cuGraphLaunch", (void*)GraphLaunch},
