@@ -116,10 +116,12 @@ class Browser:
 
 
 @asynccontextmanager
-async def serving(act: Reenactor, site: Site, **studio: Any) -> AsyncIterator[Browser]:
-    """A server on a free port, and a browser that knows it."""
+async def serving(
+    act: Reenactor, site: Site, *, port: int = 0, **studio: Any
+) -> AsyncIterator[Browser]:
+    """A server on this port or a free one, and a browser that knows it."""
     room = Studio(act, **studio)
-    server = TestServer(Server(room, site).app())
+    server = TestServer(Server(room, site).app(), port=port)
     await server.start_server()
     try:
         async with aiohttp.ClientSession() as http:
