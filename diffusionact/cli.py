@@ -22,6 +22,7 @@ from diffusionact.commands import (
     calibrate,
     check,
     demo,
+    eval,
     export,
     import_,
     live,
@@ -36,7 +37,8 @@ from diffusionact.errors import DiffusionActError, SettingsError
 
 # In the order of --help; the second are those that take the options of a model.
 COMMANDS = (
-    demo, run, live, serve, import_, export, build, calibrate, train, check, bench, bench_compare,
+    demo, run, live, serve, import_, export, build, calibrate, train, eval, check, bench,
+    bench_compare,
 )  # fmt: skip
 OF_A_MODEL = (demo, run, live, serve)
 LOG_VARIABLE = "DIFFUSIONACT_LOG"
