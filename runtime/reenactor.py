@@ -172,7 +172,8 @@ class Reenactor:
             device=device,
             threads=settings.threads,
         )
-        return cls(manifest, loop, settings, tracker, opener)
+        made_of = replace(settings, backend=chosen.backend, precision=chosen.precision)
+        return cls(manifest, loop, made_of, tracker, opener)
 
     def prepare(
         self,
