@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 URL_SCHEMES = ("http://", "https://", "rtsp://", "rtmp://", "udp://", "tcp://", "srt://")
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 5.0  # between tries to open a camera again
 BELIEVED_NS = NS  # a driver's time of capture is taken when it lies this far back at most
+OPENCV_SILENT = 0
 NETWORK_TIMEOUT_S = 5.0
 # What FFmpeg would gather before the first picture is only delay.
 NETWORK_OPTIONS = {"fflags": "nobuffer", "flags": "low_delay", "rtsp_transport": "tcp"}
@@ -140,7 +141,11 @@ class DeviceCamera:
 
 
 def _open_device(spec: str) -> Pictures:
-    capture = cv2.VideoCapture(int(spec) if spec.isdecimal() else spec)
+    level = cv2.utils.logging.setLogLevel(OPENCV_SILENT)  # its own words would only precede ours
+    try:
+        capture = cv2.VideoCapture(int(spec) if spec.isdecimal() else spec)
+    finally:
+        cv2.utils.logging.setLogLevel(level)
     if not capture.isOpened():
         capture.release()
         raise CameraError(

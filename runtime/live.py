@@ -36,7 +36,7 @@ POLL_S = 0.05  # for keys, while no picture comes
 RECENT_NS = 1 * NS  # of the figures on the picture
 FRESH_STEPS = 2  # renders of each prepared count before the clock starts
 QUIT, RECALIBRATE, OVERLAY, NEXT = ("q", "quit", "\x1b"), ("r",), ("o",), ("n", "\t")
-KEYS = "r: neutral face anew   o: figures on or off   n or 1-9: portrait   q: quit"
+KEYS = "keys: r finds the neutral face anew, o figures, n or 1-9 portrait, q quits"
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class LiveSession:
         stop = stop or threading.Event()
         with self._sinks, TerminalKeys() as terminal, closing(self._camera):
             self._warm_up()
+            log.info("showing in %s; %s", self._sinks.name, KEYS)
             self._current.start()
             pipeline = Pipeline(
                 self._camera, find_with(lambda: self._act.tracker), self._render,

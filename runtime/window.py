@@ -19,6 +19,7 @@ from diffusionact.errors import BackendMissing, DeviceError
 from diffusionact.runtime.media import Image
 from diffusionact.runtime.sinks import fitted
 
+DRIVER_VARIABLE, BLIND = "SDL_VIDEODRIVER", ("dummy", "offscreen", "evdev")
 FIRST_SIDE_PX = 640  # of a window's longer side, at least: portraits are often smaller
 
 
@@ -67,15 +68,21 @@ class WindowSink:
 
     def __enter__(self) -> WindowSink:
         """Raises: DeviceError where there is no display."""
+        display = self._pygame.display
         try:
-            self._pygame.display.init()
-            self._pygame.display.set_caption(self._title)
+            display.init()
+            driver = display.get_driver()
         except self._pygame.error as error:
-            raise DeviceError(
-                f"no window can be opened ({error}); is there a display? Without one: --sink http "
-                "for a page, or --sink out.mp4"
-            ) from error
-        return self
+            driver = f"no driver: {error}"
+        # Without a display SDL draws where nobody sees it, unless it was told to.
+        if display.get_init() and (driver not in BLIND or DRIVER_VARIABLE in os.environ):
+            display.set_caption(self._title)
+            return self
+        display.quit()
+        raise DeviceError(
+            f"no window can be opened ({driver}): there is no display here. Show the face on a "
+            "page, --sink http, or write it to a file, --sink out.mp4"
+        )
 
     def __exit__(
         self,
