@@ -189,7 +189,7 @@ def test_the_real_measurement_finds_a_candidate_that_works(
     assert told.startswith(f"{made.backend} {made.precision}: the fastest")
     assert "ort fp32:" in told and "the reference" in told and "ms a step" in told
     with Reenactor.load(toy_bundle, settings=Settings(threads=1)) as act:
-        assert act.settings.backend == "auto"
+        assert (act.settings.backend, act.settings.precision) == (made.backend, made.precision)
 
 
 def test_measuring_sees_that_a_frame_is_wrong(
