@@ -28,8 +28,12 @@ class TerminalKeys:
             import termios
             import tty
 
-            if os.getpgrp() != os.tcgetpgrp(sys.stdin.fileno()):
-                self._open = False  # a job in the background must leave the terminal alone
+            try:
+                in_front = os.getpgrp() == os.tcgetpgrp(sys.stdin.fileno())
+            except OSError:  # not this process's terminal
+                in_front = False
+            if not in_front:  # a job in the background must leave the terminal alone
+                self._open = False
                 return self
             self._restore = termios.tcgetattr(sys.stdin)
             tty.setcbreak(sys.stdin)
