@@ -24,6 +24,7 @@ from tests.golden import rule
 
 Picture = NDArray[np.float32]
 
+STEPS, PIECE = 20, 2  # of a frame, and of one turn
 TABLE = Path(__file__).parents[1] / "tests" / "golden" / "networks.json.gz"
 BUNDLE, WHOLE = "full.bundle", "published.onnx"
 WEIGHTS = {"encoder.pt": "state_dict_net/", "unet.pt": "state_dict_diff/model."}
@@ -33,13 +34,15 @@ RECIPE = 1
 
 @dataclass(frozen=True)
 class Peer:
-    """name: of the row; how: in words; kind: which class; options: of that class."""
+    """name: of the row; how: in words; kind: which class; options: of that class; piece: the steps
+    of one turn, all of a frame's where they are not alike."""
 
     name: str
     how: str
     kind: str
     threads: int
     options: Mapping[str, Any]
+    piece: int = PIECE
 
 
 def peers(default: Choice, threads: int, compiled: bool) -> list[Peer]:
@@ -58,6 +61,10 @@ def peers(default: Choice, threads: int, compiled: bool) -> list[Peer]:
             {"backend": default.backend, "precision": default.precision},
         ),
     ]  # fmt: skip
+    if default.backend == "openvino":  # the backend that can
+        how = "the same, deep features reused in two steps of three: approximate, --approximate"
+        options = {"backend": "openvino", "precision": default.precision, "approximate": "reuse"}
+        found.append(Peer("ours, reuse", how, "ours", threads, options, piece=STEPS))
     if compiled:
         how = "torch bf16 through torch.compile"
         options = {"lower": True, "compiled": True}
@@ -286,7 +293,7 @@ class Maker:
         (self._folder / MADE).write_text(json.dumps({"size": self._size}))
         encoder, unet = torch_networks(self._folder)
         networks: Any = _Networks(self.config, encoder, unet)
-        samplings = Sampling(20), Sampling(20)
+        samplings = Sampling(STEPS), Sampling(STEPS)
         write_bundle(self._folder / BUNDLE, networks, Schedule(), samplings, False)
         self._export_whole(unet)
         write_whole(self._folder / MADE, json.dumps(told))

@@ -4,9 +4,10 @@
 
 Everything runs in one go on one machine: the published network at its full size, with weights made
 by a rule, 20 steps at 256 px. Each peer is a process of its own (memory and load time are its own)
-and they take turns, round by round, with one pass of the encoder and two steps of the loop each;
-then each renders a whole frame. A frame's time is one encoder pass and ten such pieces, by the
-medians; the whole frames stand beside it to check that. Ratios are of the same round.
+and they take turns, round by round, with one pass of the encoder and two steps of the loop each (all
+steps, where these differ); then each renders a whole frame. A frame's time is one encoder pass and
+ten such pieces, by the medians; the whole frame stands beside it to check that. Ratios are of the
+same round.
 
 "ours" is what `diffusionact` takes by itself: the backend and precision that the choice measured for
 the shipped, trained model, because precision is judged by pictures that mean something.
@@ -29,14 +30,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import peer_kinds
+from benchmarks.peer_kinds import STEPS
 from diffusionact import bundle_path, machine
 from diffusionact import manifest as manifest_file
 from diffusionact.bench import records
 from diffusionact.runtime.choice import choose
 from diffusionact.runtime.contest import Contestant, contest
 
-STEPS = 20
-PIECE = 2  # steps in one turn
 ROUNDS, FEWEST_ROUNDS = 7, 3
 MINUTES = 11.0  # it has to end within twelve
 DRAWS = 2000
@@ -62,12 +62,14 @@ class Row:
     @property
     def rounds_s(self) -> list[float]:
         """A frame's seconds by each round."""
-        return [e + STEPS // PIECE * p for e, p in zip(self.encode_s, self.piece_s, strict=True)]
+        pieces = STEPS // self.peer.piece
+        return [e + pieces * p for e, p in zip(self.encode_s, self.piece_s, strict=True)]
 
     @property
     def frame_s(self) -> float:
         """A frame's seconds by the medians."""
-        return float(np.median(self.encode_s) + STEPS // PIECE * np.median(self.piece_s))
+        pieces = STEPS // self.peer.piece
+        return float(np.median(self.encode_s) + pieces * np.median(self.piece_s))
 
 
 def measure(peers: Sequence[peer_kinds.Peer], folder: Path, deadline_s: float) -> list[Row]:
@@ -79,7 +81,7 @@ def measure(peers: Sequence[peer_kinds.Peer], folder: Path, deadline_s: float) -
             for peer, rival in zip(peers, rivals, strict=True)
         ]
         for rival in rivals:
-            rival.ask("piece", PIECE)  # warm-up: first calls plan and allocate
+            rival.ask("piece", peer_kinds.PIECE)  # warm-up: first calls plan and allocate
         _take_turns(rows, rivals, deadline_s)
         for row, rival in zip(rows, rivals, strict=True):
             seconds, row.picture = rival.ask("frame", STEPS)
@@ -94,7 +96,7 @@ def _take_turns(rows: Sequence[Row], rivals: Sequence[Contestant], deadline_s: f
         begun_s = time.monotonic()
         for row, rival in zip(rows, rivals, strict=True):
             row.encode_s.append(rival.ask("encode"))
-            row.piece_s.append(rival.ask("piece", PIECE))
+            row.piece_s.append(rival.ask("piece", row.peer.piece))
         spent_s = time.monotonic() - begun_s
         _tell(f"round {turn + 1} of {ROUNDS}: {spent_s:.0f} s")
         frames_s = RESERVE * sum(row.frame_s for row in rows)
@@ -121,7 +123,7 @@ def summary(rows: Sequence[Row], choice: str) -> dict[str, Any]:
 
 def _told(row: Row, base: Row) -> dict[str, Any]:
     ratio, low, high = paired_ratio(base.rounds_s, row.rounds_s)
-    step_ms = [s / PIECE * 1e3 for s in row.piece_s]
+    step_ms = [s / row.peer.piece * 1e3 for s in row.piece_s]
     return {
         "name": row.peer.name,
         "how": row.peer.how,

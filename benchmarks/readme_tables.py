@@ -115,10 +115,10 @@ def _command(found: Sequence[records.Record]) -> str:
     words = ["diffusionact bench"]
     for option, key in (
         ("--backend", "backend"), ("--precision", "precision"), ("--steps", "steps"),
-        ("--threads", "threads"),
+        ("--threads", "threads"), ("--approximate", "approximate"),
     ):  # fmt: skip
-        asked = list(dict.fromkeys(str(record["variant"][key]) for record in found))
-        if asked not in (["auto"], ["None"], ["0"]):
+        asked = list(dict.fromkeys(str(record["variant"][key]).lower() for record in found))
+        if asked not in (["auto"], ["none"], ["0"]):
             words.append(f"{option} {','.join(asked)}")
     return " ".join(words)
 

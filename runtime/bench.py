@@ -26,6 +26,7 @@ from diffusionact.runtime.choice import choose
 from diffusionact.runtime.component import BACKENDS
 from diffusionact.runtime.component import precisions as precisions_on
 from diffusionact.runtime.contest import Contestant, contest, peak_memory_mib
+from diffusionact.runtime.loop import Approximation
 from diffusionact.runtime.media import FRAME_NS, open_reader, read_image
 from diffusionact.runtime.motion import driver_motion
 from diffusionact.runtime.reenactor import Reenactor, Settings
@@ -65,6 +66,7 @@ class Variant:
     precision: str = "auto"
     steps: int | tuple[int, ...] | None = None
     threads: int = 0
+    approximate: Approximation | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ class Rig:
             precision=variant.precision,
             device=self._task.device,
             threads=variant.threads,
+            approximate=variant.approximate,
         )
         device, known = _backend(chosen.backend, self._task.device)
         at = plan.render.at(variant.steps, plan.schedule.total)
@@ -201,6 +204,7 @@ class Rig:
             "steps": len(at),
             "timesteps": [int(t) for t in at],
             "threads": variant.threads or machine.cores(),
+            "approximate": variant.approximate,
             "device": device,
         }
 
@@ -261,6 +265,7 @@ def variants_of(
     precisions: Sequence[str],
     steps: Sequence[int | None],
     threads: Sequence[int],
+    approximations: Sequence[Approximation | None] = (None,),
     device: str = "auto",
 ) -> list[Variant]:
     """Return all combinations but those whose precision the backend does not have here.
@@ -268,10 +273,9 @@ def variants_of(
     Raises: SettingsError when none is left, or a backend is not known; BackendMissing.
     """
     made = [
-        Variant(backend, precision, count, number)
-        for backend, precision, count, number in itertools.product(
-            backends, precisions, steps, threads
-        )
+        Variant(*values)
+        for values in itertools.product(backends, precisions, steps, threads, approximations)
+        for backend, precision in [values[:2]]
         if "auto" in (backend, precision) or precision in _backend(backend, device)[1]
     ]
     if not made:

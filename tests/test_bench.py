@@ -60,7 +60,8 @@ def made(task: bench.Task) -> list[bench.Record]:
 def test_a_record_says_all_that_a_reader_needs(made: list[bench.Record], toy_bundle: Path) -> None:
     first = json.loads(json.dumps(made[0]))  # all of it is JSON
     assert first["bundle"]["name"] == "toy" and first["bundle"]["image_size"] == 32
-    assert first["variant"] == {"backend": "ort", "precision": "fp32", "steps": 2, "threads": 1}
+    asked = {"backend": "ort", "precision": "fp32", "steps": 2, "threads": 1, "approximate": None}
+    assert first["variant"] == asked
     assert first["ran"]["steps"] == 2 and first["ran"]["device"] == "cpu"
     assert list(first["stages"]) == [*STAGES, "total"]
     assert [len(one) for one in first["samples_ms"]["total"]] == [3, 3, 3, 2]
@@ -121,12 +122,12 @@ def test_each_variant_has_the_memory_of_a_process_of_its_own(made: list[bench.Re
 def test_combinations_that_a_backend_lacks_are_left_out(
     backends: tuple[str, ...], precisions: tuple[str, ...], wanted: int
 ) -> None:
-    assert len(bench.variants_of(backends, precisions, (None,), (0,), "cpu")) == wanted
+    assert len(bench.variants_of(backends, precisions, (None,), (0,), (None,), "cpu")) == wanted
 
 
 def test_what_cannot_be_measured_is_refused(task: bench.Task) -> None:
     with pytest.raises(SettingsError, match="ort: fp32"):
-        bench.variants_of(("ort",), ("int8",), (None,), (0,), "cpu")
+        bench.variants_of(("ort",), ("int8",), (None,), (0,), (None,), "cpu")
     with pytest.raises(SettingsError, match="'abacus' is not known; choose from: auto, ort"):
         bench.variants_of(("abacus",), ("fp32",), (None,), (0,))
     with pytest.raises(SettingsError, match="frames=0"):
@@ -199,6 +200,8 @@ def test_names_of_variants_tell_them_apart(made: list[bench.Record]) -> None:
     assert records.label(other, [made[0], other]) == "ort, fp32, 2 steps, 4 threads"
     asked = {**made[0], "variant": {**made[0]["variant"], "backend": "auto"}}
     assert records.label(asked) == "ort, fp32, 2 steps, default"
+    rough = {**made[0], "ran": {**made[0]["ran"], "approximate": "reuse"}}
+    assert records.label(rough) == "ort, fp32, 2 steps, approximate: reuse"
 
 
 class Page(HTMLParser):

@@ -34,8 +34,21 @@ def record(
     made: dict[str, Any] = {
         "kind": records.KIND,
         "format": records.FORMAT,
-        "variant": {"backend": backend, "precision": "auto", "steps": 4, "threads": 0},
-        "ran": {"backend": backend, "precision": "fp32", "steps": 4, "threads": 4, "device": "cpu"},
+        "variant": {
+            "backend": backend,
+            "precision": "auto",
+            "steps": 4,
+            "threads": 0,
+            "approximate": None,
+        },
+        "ran": {
+            "backend": backend,
+            "precision": "fp32",
+            "steps": 4,
+            "threads": 4,
+            "device": "cpu",
+            "approximate": None,
+        },
         "bundle": {"name": "toy", "weights_sha256": "0" * 64, "image_size": 32},
         "frame": "render",
         "machine": MACHINE,

@@ -146,9 +146,10 @@ def variant_name(record: Record) -> str:
     """Return what was asked for, with the bundle."""
     asked, ran = record["variant"], record["ran"]
     threads = f", {asked['threads']} threads" if asked["threads"] else ""
+    way = f", approximate: {asked['approximate']}" if asked["approximate"] else ""
     return (
         f"{record['bundle']['name']}: {asked['backend']} {asked['precision']}, "
-        f"{ran['steps']} steps{threads}"
+        f"{ran['steps']} steps{threads}{way}"
     )
 
 
@@ -161,7 +162,7 @@ def _differences(a: Record, b: Record) -> list[str]:
     ]
     if a["commit"] != b["commit"]:
         found.append(f"commit {a['commit']} -> {b['commit']}")
-    for key in ("backend", "precision", "steps", "threads", "device"):
+    for key in ("backend", "precision", "steps", "threads", "device", "approximate"):
         if a["ran"].get(key) != b["ran"].get(key):
             found.append(f"{key} {a['ran'].get(key)} -> {b['ran'].get(key)}")
     for key, name in (("weights_sha256", "weights"), ("image_size", "px")):

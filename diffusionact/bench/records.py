@@ -83,6 +83,7 @@ def label(record: Record, among: Sequence[Record] = ()) -> str:
         if key in ("backend", "precision", "steps")
         or any(other["ran"].get(key) != ran[key] for other in among)
     ]
+    words += [f"approximate: {ran['approximate']}"] if ran["approximate"] else []
     words += ["default"] if record["variant"]["backend"] == "auto" else []
     return ", ".join(words)
 
@@ -186,7 +187,7 @@ def variant_key(record: Record) -> tuple[Any, ...]:
     return (
         bundle["weights_sha256"],
         record["frame"],
-        *(_hashable(asked.get(key)) for key in VARIANT_WORDS),
+        *(_hashable(asked.get(key)) for key in (*VARIANT_WORDS, "approximate")),
     )
 
 

@@ -39,6 +39,13 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="step counts, each a variant (default: the bundle's)",
     )
     add("--threads", type=counts, default=(0,), metavar="N,...", help="(default: one a core)")
+    add(
+        "--approximate",
+        type=ways,
+        default=(None,),
+        metavar="WAY,...",
+        help="none or reuse (default: none)",
+    )
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add(
         "--whole",
@@ -56,6 +63,11 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="write a timeline of some frames of the first variant, for chrome://tracing or "
         "ui.perfetto.dev",
     )
+
+
+def ways(text: str) -> tuple[str | None, ...]:
+    """Return ways to approximate, None for "none"."""
+    return tuple(None if word == "none" else word for word in words(text))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.precision,
         arguments.steps,
         arguments.threads,
+        arguments.approximate,
         arguments.device,
     )
     with StageProgress(quiet=arguments.quiet) as progress:
