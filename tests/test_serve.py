@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
+import signal
 import struct
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -515,6 +519,34 @@ def test_other_machines_are_let_in_with_a_token_only() -> None:
         Guard("short")
     Site(host="0.0.0.0", token=TOKEN)
     Site(host="::1")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM to send")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_says_where_the_page_is_and_ends_in_order(
+    toy_bundle: Path, number: signal.Signals
+) -> None:
+    command = (sys.executable, "-m", "diffusionact.cli", "serve", "--json", "--port", "0",
+               "--bundle", str(toy_bundle), "--backend", "ort")  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        told = json.loads(process.stdout.readline())
+
+        async def use() -> None:
+            protocols = ("diffusionact",)
+            async with (
+                aiohttp.ClientSession() as http,
+                http.ws_connect(f"{told['url']}api/drive", protocols=protocols) as socket,
+            ):
+                page = Page(socket)
+                await page.begin()
+                await page.drive(TRACK[1], SIDE, 1, 1)
+                process.send_signal(number)
+                assert await page.closed() == Close.GOING
+
+        asyncio.run(use())
+        assert process.wait(30) == 128 + number
+        assert process.stderr.read() == b""
 
 
 # ---- parts ----

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import secrets
+import signal
+from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from diffusionact.commands.exits import DONE
+from diffusionact.commands.exits import DONE, INTERRUPTED, TERMINATED
 from diffusionact.commands.extras import extra
 from diffusionact.commands.model import load_reenactor
 from diffusionact.commands.output import say
@@ -28,7 +32,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="where to listen (default: 127.0.0.1, this machine only); others need --token",
     )
-    add("--port", type=int, default=PORT, metavar="N", help=f"(default: {PORT})")
+    add("--port", type=int, default=PORT, metavar="N", help=f"(default: {PORT}; 0: any)")
     add("--token", metavar="TEXT", help="wanted of every page; `new` makes one and prints it")
     add("--allow-host", action="append", default=[], metavar="NAME", help="a name it goes by")
     add("--tls", nargs=2, metavar=("CERT", "KEY"), help="https: certificate and key, PEM")
@@ -64,15 +68,35 @@ def run(arguments: argparse.Namespace) -> int:
         limits=Limits(idle_s=arguments.idle),
     )
     with load_reenactor(arguments) as act:
-        asyncio.run(serve(Studio(act), site, lambda server: _tell(arguments, site, server)))
-    return DONE
+        told = partial(_tell, arguments, site)
+        return asyncio.run(_until_ended(serve(Studio(act), site, told)))
 
 
-def _tell(arguments: argparse.Namespace, site: Site, server: Server) -> None:
+async def _until_ended(serving: Coroutine[Any, Any, None]) -> int:
+    """Serve until a signal comes, then end in order: pages are told, threads joined. (Where loops
+    know no signals, on Windows, SIGINT is asyncio's own and becomes a KeyboardInterrupt.)"""
+    loop, task, ended = asyncio.get_running_loop(), asyncio.ensure_future(serving), list[int]()
+
+    def end(status: int) -> None:
+        ended.append(status)
+        task.cancel()
+
+    for number, status in ((signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED)):
+        with contextlib.suppress(NotImplementedError):
+            loop.add_signal_handler(number, end, status)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not ended:
+            raise
+    return ended[0] if ended else DONE
+
+
+def _tell(arguments: argparse.Namespace, site: Site, server: Server, port: int) -> None:
     """Print where the page is, and what it lacks."""
     scheme = "https" if site.tls else "http"
     host = "localhost" if site.host in ("127.0.0.1", "::1") else site.host
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{site.port}/"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/"
     url += f"#token={site.token}" if site.token else ""
     lines = [f"the page is at {url}  (end with Ctrl+C)"]
     if not server.has_web_tracker:

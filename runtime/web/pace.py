@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-GAIN = 0.3  # of what the last frame was early or late, how much the next one is asked for otherwise
+GAIN = 0.5  # of what the last frame was early or late, how much the next one is asked for otherwise
 EARLY_MS = 2.0  # a little early: an idle renderer costs frames, a waiting frame only age
 LATEST_MS = 2000.0
 

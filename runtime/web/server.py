@@ -210,8 +210,8 @@ class Server:
         await asyncio.gather(*closing, return_exceptions=True)
 
 
-async def serve(studio: Studio, site: Site, started: Callable[[Server], None]) -> None:
-    """Serve until cancelled; `started` is called when the first page can come.
+async def serve(studio: Studio, site: Site, started: Callable[[Server, int], None]) -> None:
+    """Serve until cancelled; `started` is called, with the port, when the first page can come.
 
     Raises: SettingsError when the port cannot be had.
     """
@@ -228,7 +228,7 @@ async def serve(studio: Studio, site: Site, started: Callable[[Server], None]) -
             raise SettingsError(
                 f"{site.host}:{site.port} cannot be listened on ({error.strerror}); try --port N"
             ) from error
-        started(server)
+        started(server, runner.addresses[0][1])
         await asyncio.Event().wait()
     finally:
         await runner.cleanup()
