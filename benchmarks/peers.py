@@ -75,6 +75,10 @@ class Row:
 def measure(peers: Sequence[peer_kinds.Peer], folder: Path, deadline_s: float) -> list[Row]:
     """The rows of the peers, over the networks in the folder; ends before the monotonic deadline
     unless single rounds take longer than is left."""
+    colds: dict[str, float] = {}
+    for peer in (peer for peer in peers if peer.kind == "ours"):  # those that keep a cache
+        with Contestant(peer_kinds.open_peer, peer, folder) as rival:
+            colds[peer.name] = rival.ask("load_s")
     with contest(peer_kinds.open_peer, [(peer, folder) for peer in peers]) as rivals:
         rows = [
             Row(peer, rival.ask("load_s"), [], [], [], {})
@@ -86,7 +90,7 @@ def measure(peers: Sequence[peer_kinds.Peer], folder: Path, deadline_s: float) -
         for row, rival in zip(rows, rivals, strict=True):
             seconds, row.picture = rival.ask("frame", STEPS)
             row.frames_s.append(seconds)
-            row.facts = rival.ask("facts")
+            row.facts = {**rival.ask("facts"), "first_load_s": colds.get(row.peer.name, row.load_s)}
             _tell(f"{row.peer.name}: {seconds:.1f} s a frame")
     return rows
 
