@@ -70,7 +70,7 @@ class StepControl:
         self._room_since_ns: int | None = None
         self._up_after_ns = UP_AFTER_NS
         self._went_up_ns: int | None = None
-        self._warned = False
+        self._warned_ns: int | None = None
 
     def observe(self, now_ns: int, steps: int, time_ns: int, render_ns: int) -> int:
         """Return the number of steps to take from now on.
@@ -97,7 +97,6 @@ class StepControl:
             if full_ns >= WINDOW_NS // 2:
                 self._fewer(now_ns, usual_ms, one_ms)
             return
-        self._warned = False
         more = [count for count in self._choices if count > self.steps]
         if not more:
             return
@@ -113,12 +112,12 @@ class StepControl:
     def _fewer(self, now_ns: int, usual_ms: float, one_ms: float) -> None:
         fewer = [count for count in self._choices if count < self.steps]
         if not fewer:
-            if not self._warned:
+            if self._warned_ns is None or now_ns - self._warned_ns > LONGEST_NS:
                 log.warning(
                     "%.0f ms a frame with %d steps, the fewest: the goal of %s is out of reach",
                     usual_ms, self.steps, self._goal,
                 )  # fmt: skip
-                self._warned = True
+            self._warned_ns = now_ns  # said again only after a minute without
             return
         if self._went_up_ns is not None:
             failed = now_ns - self._went_up_ns < FAILED_WITHIN_NS

@@ -104,9 +104,9 @@ def test_noise_at_the_border_does_not_swing(load: float) -> None:
 def test_a_goal_out_of_reach_takes_the_fewest_and_says_so_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    machine = Machine(control(latency_ms=20.0))
+    machine = Machine(control(latency_ms=40.0), noise=0.2)  # 40 ms with 2 steps: at the border
     with caplog.at_level(logging.INFO, "diffusionact"):
-        machine.run(60.0)
+        machine.run(200.0)
     assert machine.steps == 2
     assert [c.steps for c in machine.control.changes] == [2]
     warnings = [r for r in caplog.records if r.levelno == logging.WARNING]

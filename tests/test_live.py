@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +22,7 @@ from diffusionact import portrait_paths
 from diffusionact.cli import main
 from diffusionact.errors import BackendMissing, MediaError, NoFace, SettingsError
 from diffusionact.landmarks import Landmarks, Track
+from diffusionact.runtime.camera import Camera as AnyCamera
 from diffusionact.runtime.camera import ClipCamera, open_camera
 from diffusionact.runtime.control import Goal
 from diffusionact.runtime.live import LiveReport, LiveSession, LiveSettings
@@ -162,7 +166,7 @@ def results(act: Reenactor, monkeypatch: pytest.MonkeyPatch) -> list[Result]:
 def run(
     act: Reenactor,
     sources: Source | Sequence[Source],
-    camera: Camera | ClipCamera,
+    camera: AnyCamera,
     screen: Screen,
     stop: threading.Event | None = None,
     **settings: object,
@@ -174,7 +178,7 @@ def run(
 
 def steps_px(results: Sequence[Result]) -> npt.NDArray[np.float64]:
     points = np.stack([result.landmarks.points[:, :2] for result in results])
-    return np.abs(np.diff(points, axis=0)).max(axis=(1, 2)).astype(np.float64)
+    return np.asarray(np.abs(np.diff(points, axis=0)).max(axis=(1, 2)), np.float64)
 
 
 def patient(faces: Sequence[Landmarks | None], size: int = 64) -> ClipCamera:
@@ -476,6 +480,30 @@ def test_the_command_ends_with_one_line(
     assert len(frames) == seen["shown"] + 1
     assert frames[-1].pts_ns < time.monotonic_ns() - begun_ns
     assert frames[-1].pts_ns > 1.5 * NS
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_session_and_keeps_its_file(
+    toy_bundle: Path, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    track = Path(__file__).parent / "golden" / "driver_nod.npz"
+    command = [sys.executable, "-m", "diffusionact.cli", "live", "-s", str(portrait_paths()[0])]
+    command += ["--camera", str(track), "--realtime", "--loop", "--bundle", str(toy_bundle)]
+    command += ["--backend", "ort", "--sink", str(tmp_path / "out.mp4"), "--json"]
+    live = subprocess.Popen(
+        command, cwd=Path(__file__).parents[1], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert live.stderr is not None
+    for line in live.stderr:
+        if "keys:" in line:  # it runs
+            break
+    time.sleep(0.5)
+    live.send_signal(number)
+    out, _ = live.communicate(timeout=30.0)
+    assert live.returncode == status
+    assert len(list(open_reader(tmp_path / "out.mp4"))) == json.loads(out)["shown"] + 1
 
 
 @pytest.mark.parametrize(
