@@ -16,7 +16,10 @@ const screen = $("screen");
 const paper = screen.getContext("2d", { alpha: false });
 
 const site = await (await fetch("/api/site")).json();
-const token = new URLSearchParams(location.hash.slice(1)).get("token") ?? "";
+// Of the address, behind #: token=…, portrait=NAME, transport=frames, start, bare. Browsers keep it
+// to themselves, so that a token is in no server's log.
+const asked = new URLSearchParams(location.hash.slice(1));
+const token = asked.get("token") ?? "";
 const connection = new Connection(token);
 const camera = new Camera(site);
 const meter = new Meter();
@@ -56,9 +59,15 @@ async function showStill(name) {
 
 function choosePortrait(name) {
   wanted.portrait = name;
-  document.querySelector("#drop").classList.remove("chosen");
+  markOwn(false);
   if (connection.isOpen) begin();
   else showStill(name);
+}
+
+function markOwn(chosen) {
+  $("drop").classList.toggle("chosen", chosen);
+  $("drop-text").textContent = chosen ? "In use. Choose another" : "Drop one here, or choose a file";
+  if (chosen) for (const input of document.querySelectorAll("#gallery input")) input.checked = false;
 }
 
 async function chooseOwn(file) {
@@ -78,6 +87,7 @@ function chooseTransport(name) {
   meter.forget();
   $("notice").hidden = true;
   showTracking(null);
+  $("tracked").hidden = name === "frames";
   if (camera.isRunning) begin();
 }
 
@@ -176,8 +186,7 @@ async function pickFace({ faces, size }) {
     return;
   }
   Object.assign(wanted, { portrait: "own", face });
-  document.querySelectorAll("#gallery input").forEach((input) => (input.checked = false));
-  $("drop").classList.add("chosen");
+  markOwn(true);
   begin();
 }
 
@@ -304,14 +313,20 @@ setInterval(() => {
   judgeTracking();
 }, 500);
 
+$("fill").hidden = !document.fullscreenEnabled;
+$("fill").addEventListener("click", () => $("frame").requestFullscreen());
 $("model").textContent = site.model;
+if (site.portraits.includes(asked.get("portrait"))) wanted.portrait = asked.get("portrait");
 buildGallery();
 if (!site.tracker) {
   const landmarks = document.querySelector("input[value=landmarks]");
   landmarks.disabled = true;
   landmarks.nextElementSibling.append(" (This server came without the tracker for browsers.)");
-  document.querySelector("input[value=frames]").checked = true;
-  wanted.transport = "frames";
+}
+if (!site.tracker || asked.get("transport") === "frames") {
+  document.querySelector("input[value=frames]").click();
 }
 say("Choose a portrait, then start the camera.", "calm");
+document.documentElement.classList.toggle("bare", asked.has("bare"));
 document.documentElement.dataset.ready = "yes";
+if (asked.has("start")) start();
