@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,14 +104,16 @@ class Take:
 @dataclass(frozen=True)
 class Plan:
     """How clips are moved. limit: frames of each, None all; retarget: Eq. 8, the driver's motion
-    on the source's face; else the landmarks as the tracker found them."""
+    on the source's face; else the landmarks as the tracker found them. A clip is tracked once,
+    whoever moves it then."""
 
     limit: int | None = None
     retarget: bool = False
     min_angle_deg: float = 0.0
+    motions: dict[Path, Motion] = field(default_factory=dict)  # of clips tracked so far
 
 
-def take(act: Reenactor, footage: Footage) -> Take:
+def take(act: Reenactor, footage: Footage, motions: dict[Path, Motion]) -> Take:
     """Return a clip with its landmarks and its first face prepared.
 
     Raises: MediaError, NoFace when it shows none at all, BackendMissing without a tracker.
@@ -120,7 +122,9 @@ def take(act: Reenactor, footage: Footage) -> Take:
     from diffusionact.runtime.motion import driver_motion
 
     reader = open_reader(footage.path)
-    motion = driver_motion(act, reader)
+    if footage.path not in motions:
+        motions[footage.path] = driver_motion(act, reader)
+    motion = motions[footage.path]
     for i, frame in enumerate(reader):
         face = motion.track[i]
         if face is not None and frame.image_bgr is not None:
@@ -137,7 +141,7 @@ def self_clips(
 ) -> Iterator[Clip]:
     """Yield every clip: its first face is the source, its other frames are the targets."""
     for each in footage:
-        made = take(act, each)
+        made = take(act, each, plan.motions)
         yield _clip(act, made, made, each.name, method, plan)
 
 
@@ -145,7 +149,7 @@ def cross_clips(
     act: Reenactor, footage: Sequence[Footage], pairs: Sequence[Pair], method: Method, plan: Plan
 ) -> Iterator[Clip]:
     """Yield a clip for each pair: one's first face, moved by another's frames."""
-    takes = cache(lambda index: take(act, footage[index]))
+    takes = cache(lambda index: take(act, footage[index], plan.motions))
     for pair in pairs:
         source, driver = takes(pair.source), takes(pair.driver)
         yield _clip(act, source, driver, f"{source.footage.name}_{driver.footage.name}", method,

@@ -31,8 +31,8 @@ td small { display: block; color: var(--soft); font-size: .74rem; }
 td.none { color: var(--soft); } td b { color: var(--accent); }
 .published th, .published td { font-style: italic; } .warn { color: var(--warn); }
 .figures { display: flex; flex-wrap: wrap; gap: 1.2rem; }
-figure { margin: 0; max-width: 100%; } figcaption { font-size: .82rem; max-width: 40rem; }
-img, svg { max-width: 100%; height: auto; border-radius: 4px; }
+figure { margin: 0; flex: 0 1 35rem; min-width: 0; } figcaption { font-size: .82rem; max-width: 40rem; }
+img, svg { max-width: 100%; height: auto; border-radius: 4px; } #above figure { flex: none; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
 svg .name { fill: var(--text); } svg line, svg path { stroke: var(--line); }
 svg .tick { stroke: var(--accent); stroke-opacity: .45; }

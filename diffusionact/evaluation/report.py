@@ -129,7 +129,7 @@ def _table(runs: Sequence[Run], known: Published) -> str:
         title = f"{escape(row.method)}, {escape(row.table)}{mark}"
         lines.append(f"<tr class='published'><th>{title}</th>{cells}</tr>")
     note = "Means with 95 % intervals, bootstrap over identities. The best of a column is bold; "
-    note += "copy, mean and true are yardsticks and never bold."
+    note += "copy, mean, oracle and true are yardsticks and never bold."
     return (
         f"<h2>Measures</h2><p>{note}</p><div class='scroll'><table><thead><tr><th></th>{head}"
         f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
