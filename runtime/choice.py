@@ -25,6 +25,7 @@ from diffusionact.engine_files import cache_root
 from diffusionact.errors import SettingsError
 from diffusionact.files import write_whole
 from diffusionact.manifest import Manifest
+from diffusionact.runtime.gpu_choice import gpu_backend
 from diffusionact.runtime.loop import Approximation
 from diffusionact.runtime.trial import REFERENCE, Measured
 
@@ -77,14 +78,20 @@ def choose(
 ) -> Choice:
     """Return the backend and precision for a bundle on this machine.
 
-    What the caller names is taken. backend "auto" is the fastest on this CPU, measured now if it
+    What the caller names is taken. backend "auto" is TensorRT or PyTorch where a GPU is here and
+    they can use it, unless device is "cpu"; else the fastest on this CPU, measured now if it
     is not remembered, in a precision that is as good as fp32 to the eye, or in that of the caller;
     what an approximation of these costs in quality is logged.
 
-    Raises: SettingsError when no backend has the precision or the approximation here.
+    Raises: SettingsError when no backend has the precision or the approximation here, DeviceError
+    when a GPU was asked for and none can be used.
     """
-    if backend != "auto" or device not in ("auto", "cpu"):
-        return Choice(REFERENCE[0] if backend == "auto" else backend, precision)
+    if backend != "auto":
+        return Choice(backend, precision)
+    if device != "cpu" and not approximate:
+        on_gpu = gpu_backend(bundle_dir, manifest, precision, asked=device != "auto")
+        if on_gpu is not None:
+            return Choice(on_gpu, precision)
     if not installed("openvino"):
         return Choice(REFERENCE[0], precision)
     best = _best(record := _record(bundle_dir, manifest, threads), precision)

@@ -129,6 +129,11 @@ def open_reusing(
     return whole, shallow
 
 
+def device_of(backend: str, device: str) -> str:
+    """Return what "auto" is for a backend here, or the device itself. Raises: as open_component."""
+    return _resolved(backend, device, "auto")[1]
+
+
 def _resolved(backend: str, device: str, precision: str) -> tuple[Any, str, str]:
     """The backend's module, and what "auto" is in it."""
     if backend not in BACKENDS:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,24 @@ _WANTED = (
     "a NumPy array, or an array with __dlpack__ or __cuda_array_interface__ "
     "(PyTorch, CuPy, JAX, pycuda.gpuarray)"
 )
+
+
+class SpeaksDlpack(Protocol):
+    """An array of PyTorch, CuPy, JAX or NumPy, on a GPU or not."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any: ...
+
+    def __dlpack_device__(self) -> tuple[Any, int]: ...
+
+
+class SpeaksInterface(Protocol):
+    """An array of pycuda, Numba, CuPy or PyTorch on a GPU."""
+
+    @property
+    def __cuda_array_interface__(self) -> Mapping[str, Any]: ...
+
+
+Foreign: TypeAlias = SpeaksDlpack | SpeaksInterface
 
 
 class View:
@@ -100,7 +118,9 @@ def host_array(array: Any, what: str) -> UInt8Array:
             raise MediaError(
                 f"{what}: {_type(array)} does not hand over its memory: {error}"
             ) from (error)
-    raise MediaError(f"{what}: a {_type(array)}; wanted {_WANTED}")
+    raise MediaError(
+        f"{what}: not an array but {_type(array)}; is the file missing? Wanted {_WANTED}"
+    )
 
 
 def picture(array: Any, what: str, device: Device | None = None) -> UInt8Array:

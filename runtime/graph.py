@@ -7,7 +7,7 @@ nothing, looks up no names and branches on no setting.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -34,6 +34,8 @@ Float32Array: TypeAlias = npt.NDArray[np.float32]
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 
 REPEATS = 5  # of a run, when the two ways are timed
+# Its sessions refuse to run while a graph is recorded around them, and may be left broken by it.
+NOT_RECORDABLE = ("ort",)
 WORTH = 0.98  # an unrolled graph takes memory and time to make: it must save two percent
 
 
@@ -284,15 +286,17 @@ def open_graph_loop(
     also: Sequence[int] = (),
     backend: str,
     precision: str = "auto",
+    wrap: Callable[[str, Component], Component] | None = None,
     mode: Mode | None = None,
 ) -> GraphLoop:
-    """Return the loop of a bundle on a device; arguments as of `loop.open_loop`.
+    """Return the loop of a bundle on a device; arguments as of `loop.open_loop`, and mode: None
+    takes the faster one of those that the backend allows.
 
     Raises: what open_component raises, SettingsError for steps that no schedule gives, DeviceError.
     """
 
     def component(name: str, size: int) -> Component:
-        return open_component(
+        opened = open_component(
             bundle_dir,
             manifest,
             name,
@@ -302,6 +306,7 @@ def open_graph_loop(
             sizes={"N": size},
             stream=device.stream,
         )
+        return wrap(name, opened) if wrap else opened
 
     def direction(run: Run, suffix: str, unet_step: Component) -> DevicePass:
         size = len(run.timesteps)
@@ -323,4 +328,6 @@ def open_graph_loop(
     invert = direction(inversion_run, "_invert" if own else "", step_invert)
     sizes = sorted(set(also) - {len(render_run.timesteps)})
     others = [direction(runs(manifest, size)[0], "", step) for size in sizes]
+    if mode is None and backend in NOT_RECORDABLE:
+        mode = "eager"
     return GraphLoop(device, component("encoder", 1), render, invert, others, mode)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,13 @@ from diffusionact import schedule
 from diffusionact.engine_files import ONCE
 from diffusionact.errors import SettingsError
 from diffusionact.manifest import Manifest, TensorSpec
-from diffusionact.runtime.component import Component, open_component, open_reusing
+from diffusionact.runtime.component import Component, device_of, open_component, open_reusing
 from diffusionact.schedule import Run, Step
 
+if TYPE_CHECKING:
+    from diffusionact.runtime.graph import GraphLoop
+
+AnyLoop: TypeAlias = Union["Loop", "GraphLoop"]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 Approximation: TypeAlias = Literal["reuse"]
 
@@ -222,8 +226,8 @@ def open_loop(
     threads: int = 0,
     approximate: Approximation | None = None,
     wrap: Callable[[str, Component], Component] | None = None,
-) -> Loop:
-    """Return the loop of a bundle.
+) -> AnyLoop:
+    """Return the loop of a bundle: on device "cuda" the one of `graph.py`.
 
     steps: of render, a count or the timesteps themselves; None takes the manifest's choice;
     also: counts to prepare besides, between which `Loop.set_steps` changes at no cost;
@@ -233,6 +237,17 @@ def open_loop(
 
     Raises: what open_component raises, and SettingsError for steps that no schedule gives.
     """
+    if device_of(backend, device) == "cuda":
+        if approximate:
+            raise SettingsError(
+                f"approximate={approximate!r} is for the CPU; leave it out on a GPU"
+            )
+        from diffusionact.runtime import cuda, graph  # only who has a GPU needs them
+
+        return graph.open_graph_loop(
+            bundle_dir, manifest, cuda.Device(),
+            steps=steps, also=also, backend=backend, precision=precision, wrap=wrap,
+        )  # fmt: skip
 
     def component(name: str, count: int) -> Component:
         opened = open_component(

@@ -25,7 +25,10 @@ from diffusionact.landmarks import Landmarks, Track, crop_matrix
 from diffusionact.manifest import Manifest
 from diffusionact.runtime.choice import choose
 from diffusionact.runtime.component import BACKENDS, PRECISIONS
-from diffusionact.runtime.loop import APPROXIMATIONS, Approximation, Loop, open_loop
+from diffusionact.runtime.frames import Foreign, picture
+from diffusionact.runtime.graph import GraphLoop
+from diffusionact.runtime.loop import APPROXIMATIONS, AnyLoop, Approximation, open_loop
+from diffusionact.runtime.pool import Pool
 from diffusionact.runtime.published.ranges import stretched_uint8
 from diffusionact.runtime.published.tracker import PublishedTracker
 from diffusionact.runtime.retarget import Retargeter, RetargetSettings
@@ -110,7 +113,7 @@ class Reenactor:
     def __init__(
         self,
         manifest: Manifest,
-        loop: Loop,
+        loop: AnyLoop,
         settings: Settings,
         tracker: Tracker | None = None,
         open_tracker: Callable[[], Tracker] = open_tracker,
@@ -123,7 +126,11 @@ class Reenactor:
         side = manifest.image_size
         self._canvas = np.zeros((side, side, 3), np.uint8)
         self._condition = np.zeros((1, 3, side, side), np.float32)
+        self._rgb = np.zeros_like(self._canvas)
+        self._scaled = np.zeros_like(self._condition)
+        self._crops, self._frames = Pool(), Pool()
         self._session: Session | None = None  # of the one user who names no session
+        self._on_device: Source | None = None  # the one that the GPU's frames are of
 
     @classmethod
     def load(
@@ -168,8 +175,9 @@ class Reenactor:
             manifest,
             settings.tracker,
             published=settings.compat == "published",
-            backend=chosen.backend,
-            device=device,
+            # The tracker's networks read what the CPU cuts out.
+            backend=chosen.backend if chosen.backend in ("ort", "openvino") else "ort",
+            device="cpu",
             threads=settings.threads,
         )
         made_of = replace(settings, backend=chosen.backend, precision=chosen.precision)
@@ -177,21 +185,23 @@ class Reenactor:
 
     def prepare(
         self,
-        portrait_bgr: UInt8Array,
+        portrait_bgr: UInt8Array | Foreign,
         face: int | None = None,
         landmarks: Landmarks | None = None,
         x_T: Float32Array | None = None,
     ) -> Source:
         """Return the portrait made ready: crop, landmarks, and x_T by inversion.
 
-        portrait_bgr: uint8 [H,W,3]; face: which of several, from 1; landmarks: of the face, in
-        portrait px, when they are known and no tracker is wanted; x_T: float32 [1,3,S,S], when it
-        is known and no inversion is wanted. A portrait without known landmarks counts as a photo,
-        which a model of rendered faces was not trained on: a warning is logged.
+        portrait_bgr: uint8 [H,W,3], of any library as in `reenact`; face: which of several, from
+        1; landmarks: of the face, in portrait px, when they are known and no tracker is wanted;
+        x_T: float32 [1,3,S,S], when it is known and no inversion is wanted. A portrait without
+        known landmarks counts as a photo, which a model of rendered faces was not trained on: a
+        warning is logged.
 
         Raises: MediaError for no picture, NoFace, SettingsError, BackendMissing.
         Source: DiffusionAct, inversion with the source's own z.
         """
+        portrait_bgr = picture(portrait_bgr, "portrait")
         check_image(portrait_bgr, "portrait")
         if landmarks is None and isinstance(self.tracker, PublishedTracker):
             made = self.tracker.portrait(portrait_bgr, face)
@@ -229,14 +239,16 @@ class Reenactor:
 
     def reenact(
         self,
-        driver: UInt8Array | Landmarks | None,
+        driver: UInt8Array | Foreign | Landmarks | None,
         source: Source | Session,
         pts_ns: int | None = None,
     ) -> Result:
         """Return the portrait with the driver's motion.
 
-        driver: a picture, uint8 [H,W,3] BGR, or its landmarks in its own px, or None where no
-        face was seen (as points that are no face, or not finite); source: or a session on it;
+        driver: a picture, uint8 [H,W,3] BGR, of NumPy or any library whose arrays speak DLPack or
+        `__cuda_array_interface__` (one on a GPU is copied once, to be tracked), or its landmarks in
+        its own px, or None where no face was seen (as points that are no face, or not finite);
+        source: or a session on it;
         pts_ns: the frame's time, for smoothing. While no face is seen the portrait holds its last
         motion, then eases to rest. Motion is relative to the session's neutral face; a source
         without a session has one of its own until another source comes.
@@ -244,8 +256,8 @@ class Reenactor:
         Raises: MediaError for no picture, SettingsError for a source of other weights.
         """
         watch = StopWatch()
-        if isinstance(driver, np.ndarray):
-            driver = self._track(driver)
+        if driver is not None and not isinstance(driver, Landmarks):
+            driver = self._track(picture(driver, "driver frame"))
             watch.lap("track")
         session = self._session_of(source)
         target = session.target(driver, pts_ns)
@@ -333,7 +345,7 @@ class Reenactor:
         """Return nothing; the tracker is closed and the session forgotten."""
         if self._tracker is not None:
             self._tracker.close()
-        self._tracker = self._session = None
+        self._tracker = self._session = self._on_device = None
 
     def __enter__(self) -> Reenactor:
         return self
@@ -369,12 +381,24 @@ class Reenactor:
     def _render(
         self, target: Landmarks, source: Source, watch: StopWatch, seen: bool = True
     ) -> Result:
-        condition = self._draw(target)
-        watch.lap("condition")
-        x_0 = self._generate(source.x_T, source.image, condition, watch)
-        picture = stretched_uint8(x_0) if self.settings.compat else to_uint8(x_0)
-        crop = bgr_to_rgb(picture)  # the same swap leads from RGB to BGR
-        frame = source.paster.paste(crop) if self.settings.paste else crop
+        self._sketch(target)
+        if isinstance(self._loop, GraphLoop) and not self.settings.compat:
+            watch.lap("condition")
+            crop_rgb = self._frame(self._loop, source, watch)
+        else:
+            condition = to_tensor(self._canvas, self._condition)
+            watch.lap("condition")
+            x_0 = self._generate(source.x_T, source.image, condition, watch)
+            crop_rgb = (
+                stretched_uint8(x_0)
+                if self.settings.compat
+                else to_uint8(x_0, self._rgb, self._scaled)
+            )
+        made = self._crops.take(self._canvas.shape)
+        crop = bgr_to_rgb(crop_rgb, made)  # the same swap leads from RGB to BGR
+        frame = crop
+        if self.settings.paste:
+            frame = source.paster.paste(crop, self._frames.take(source.portrait.shape))
         watch.lap("paste")
         return Result(frame, crop, target, watch.times, seen, self._loop.steps)
 
@@ -387,9 +411,21 @@ class Reenactor:
         watch.lap("render")
         return x_0
 
+    def _frame(self, loop: GraphLoop, source: Source, watch: StopWatch) -> UInt8Array:
+        """The same on a GPU, from the drawing to the picture without coming back in between."""
+        if source is not self._on_device:
+            loop.set_source(source.crop, source.x_T)
+            self._on_device = source
+        crop_rgb = loop.frame(self._canvas)
+        watch.lap("render")
+        return crop_rgb
+
     def _draw(self, landmarks: Landmarks) -> Float32Array:
-        draw_condition(landmarks, len(self._canvas), self.manifest.drawing, self._canvas)
+        self._sketch(landmarks)
         return to_tensor(self._canvas, self._condition)
+
+    def _sketch(self, landmarks: Landmarks) -> None:
+        draw_condition(landmarks, len(self._canvas), self.manifest.drawing, self._canvas)
 
     @property
     def _synthetic(self) -> bool:

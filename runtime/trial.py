@@ -28,7 +28,7 @@ from diffusionact.landmarks import Track, crop_matrix
 from diffusionact.manifest import Manifest
 from diffusionact.manifest import read as read_manifest
 from diffusionact.runtime.component import BACKENDS, precisions
-from diffusionact.runtime.loop import Approximation, Loop, open_loop
+from diffusionact.runtime.loop import AnyLoop, Approximation, open_loop
 from diffusionact.runtime.media import read_image
 
 Float32Array: TypeAlias = npt.NDArray[np.float32]
@@ -84,7 +84,7 @@ def measure(bundle_dir: Path, threads: int) -> list[Measured]:
     manifest = read_manifest(bundle_dir, verify=False)
     large = (bundle_dir / manifest.components["unet_step"].file).stat().st_size > LARGE_BYTES
     steps = LARGE_STEPS if large else min(manifest.render.steps, STEPS)
-    loops: dict[Candidate, Loop] = {}
+    loops: dict[Candidate, AnyLoop] = {}
     errors: dict[Candidate, str] = {}
     for one in candidates(large):
         backend, precision, approximate = one
@@ -129,12 +129,12 @@ def fixed_input(manifest: Manifest) -> tuple[Float32Array, Float32Array, Float32
     return noise, to_tensor(crop), to_tensor(canvas)
 
 
-def _frame(loop: Loop, x_T: Float32Array, image: Float32Array, to: Float32Array) -> Float32Array:
+def _frame(loop: AnyLoop, x_T: Float32Array, image: Float32Array, to: Float32Array) -> Float32Array:
     return loop.render(x_T, loop.encode(image, to)).copy()
 
 
 def _timed(
-    loops: Sequence[Loop], x_T: Float32Array, image: Float32Array, condition: Float32Array
+    loops: Sequence[AnyLoop], x_T: Float32Array, image: Float32Array, condition: Float32Array
 ) -> list[float]:
     """Median milliseconds of a render by each loop, taken in turns for about `BUDGET_S`."""
     codes = [loop.encode(image, condition) for loop in loops]

@@ -35,6 +35,12 @@ def problem(device: str = "cuda") -> str | None:
     return cuda.why_not()
 
 
+def cannot_run(bundle_dir: Path, manifest: Manifest, precision: str) -> str | None:
+    """Return which engine of a bundle is missing for the GPU that is here, or None if none is."""
+    found = find_engines(bundle_dir, manifest, cuda.probe(), precision)
+    return next((one.reason for one in found if one.state != "valid"), None)
+
+
 class Scratch:
     """Memory that the contexts of one stream share: they run one after the other.
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from diffusionact import manifest as manifest_file
-from diffusionact.errors import DeviceError, SettingsError
+from diffusionact.errors import DeviceError, MediaError, SettingsError
 from diffusionact.image import to_tensor, to_uint8
+from diffusionact.runtime import choice as choice_file
 from diffusionact.runtime import component as component_file
-from diffusionact.runtime import graph
+from diffusionact.runtime import cuda, gpu_choice, graph, ort, trt
+from diffusionact.runtime.choice import choose
 from diffusionact.runtime.graph import GraphLoop, open_graph_loop
 from diffusionact.runtime.loop import Loop, open_loop
+from diffusionact.runtime.reenactor import Reenactor, Settings
 from tests.recording_device import OnDevice, RecordingDevice
 
 SIDE, K, Z = 32, 4, 8  # of the toy bundle
@@ -45,6 +50,31 @@ def open_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., GraphLoop]:
 @pytest.fixture
 def reference(toy_bundle: Path) -> Loop:
     return open_loop(toy_bundle, manifest_file.read(toy_bundle), also=(2, 5), threads=1)
+
+
+class FromToy:
+    """Networks of the "trt" backend, which are ONNX Runtime's on a recording device."""
+
+    DEVICES = ("cuda",)
+    PRECISIONS = ("fp16", "fp32")
+
+    def __init__(self, device: RecordingDevice) -> None:
+        self.device = device
+
+    def open_model(self, path: Path, inputs: Any, outputs: Any, **how: Any) -> OnDevice:
+        assert (how.pop("device"), how.pop("stream")) == ("cuda", self.device.stream)
+        del how["precision"]
+        inner = ort.open_model(path, inputs, outputs, device="cpu", precision="fp32", **how)
+        return OnDevice(self.device, path.stem, inner)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> RecordingDevice:
+    """Backend "trt" and device "cuda" work here, on a recording device."""
+    device = RecordingDevice()
+    monkeypatch.setitem(sys.modules, component_file.BACKENDS["trt"], FromToy(device))  # type: ignore[arg-type]
+    monkeypatch.setattr(cuda, "Device", lambda index=0: device)
+    return device
 
 
 def noise(seed: int) -> Any:
@@ -295,3 +325,151 @@ def test_frames_of_the_device_are_not_copied_to_the_host(
     assert [o[0] for o in device.launched if o[0] in ("upload", "download")] == ["download"]
     wanted = wanted_frame(reference, drawing(1), drawing(3), noise(2))
     np.testing.assert_array_equal(picture, wanted)
+
+
+@pytest.mark.parametrize("named", ["cuda", "auto"])
+def test_open_loop_takes_the_gpu(
+    named: str, on_gpu: RecordingDevice, toy_bundle: Path, reference: Loop
+) -> None:
+    manifest = manifest_file.read(toy_bundle)
+    loop = open_loop(toy_bundle, manifest, backend="trt", device=named, also=(2,))
+    assert isinstance(loop, GraphLoop) and loop.prepared == (2, 4)
+    z = np.ones((1, Z), np.float32)
+    np.testing.assert_array_equal(loop.render(noise(1), z), reference.render(noise(1), z))
+    with pytest.raises(SettingsError, match="for the CPU"):
+        open_loop(toy_bundle, manifest, backend="trt", device=named, approximate="reuse")
+
+
+def test_components_can_be_wrapped_on_the_gpu_too(
+    on_gpu: RecordingDevice, toy_bundle: Path
+) -> None:
+    seen: list[str] = []
+
+    def wrap(name: str, part: Any) -> Any:
+        seen.append(name)
+        return part
+
+    open_loop(toy_bundle, manifest_file.read(toy_bundle), backend="trt", wrap=wrap)
+    assert sorted(set(seen)) == ["encoder", "modulation", "time", "unet_step"]
+
+
+def test_onnx_runtime_is_not_recorded(
+    open_on: Any, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "NOT_RECORDABLE", ("toy",))
+    device = RecordingDevice()
+    loop = open_on(toy_bundle, device)
+    assert (loop.mode, loop.why_eager, device.graphs) == ("eager", "asked for", [])
+
+
+def test_a_reenactor_renders_the_same_on_the_gpu(
+    on_gpu: RecordingDevice, toy_bundle: Path, portrait: Any
+) -> None:
+    picture, face = portrait
+    results, sources = [], []
+    for backend in ("trt", "ort"):
+        settings = Settings(backend=backend, threads=1, steps=4, step_choices=(2,))
+        with Reenactor.load(toy_bundle, settings=settings) as act:
+            first = act.prepare(picture, landmarks=face)
+            second = act.prepare(picture[::-1].copy(), landmarks=face)
+            sources.append(first.x_T)
+            for steps, source in ((4, first), (2, second), (4, first), (4, first)):
+                act.set_steps(steps)
+                results.append(act.rest(source))
+    np.testing.assert_array_equal(*sources)
+    assert list(results[0].times) == ["condition", "render", "paste"]
+    for seen, wanted in zip(results[:4], results[4:], strict=True):
+        assert seen.steps == wanted.steps
+        np.testing.assert_array_equal(seen.crop, wanted.crop)
+        np.testing.assert_array_equal(seen.frame, wanted.frame)
+    assert not np.array_equal(results[0].crop, results[1].crop)
+    uploads = [o for o in on_gpu.launched if o[0] == "upload"]
+    assert uploads, "the GPU rendered"
+
+
+class Foreign:
+    """A picture of another library, in the host's memory."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __dlpack__(self, **how: Any) -> Any:
+        return self.array.__dlpack__(max_version=how.get("max_version"))
+
+
+def test_a_reenactor_takes_pictures_of_other_libraries(toy_bundle: Path, portrait: Any) -> None:
+    picture, face = portrait
+
+    class Knows:
+        """A tracker that sees the face it is told, and keeps the picture."""
+
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def track(self, frame: Any) -> Any:
+            self.seen.append(frame)
+            return face
+
+        def close(self) -> None: ...
+
+    tracker: Any = Knows()
+    settings = Settings(backend="ort", threads=1)
+    with Reenactor.load(toy_bundle, "cpu", settings, tracker) as act:
+        source = act.prepare(Foreign(picture), landmarks=face)
+        np.testing.assert_array_equal(source.portrait, picture)
+        wanted = act.reenact(picture, source).frame
+        act.retargeter(source).reset()
+        np.testing.assert_array_equal(act.reenact(Foreign(picture), source).frame, wanted)
+        assert tracker.seen[1].ctypes.data == picture.ctypes.data, "nothing is copied"
+        for wrong in ("driver.png", [1, 2]):
+            with pytest.raises(MediaError, match="driver frame: not an array but"):
+                act.reenact(wrong, source)  # type: ignore[arg-type]
+
+
+def test_the_gpu_is_taken_where_it_can_be_used(
+    toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = manifest_file.read(toy_bundle)
+
+    def taken(device: str, **problems: str | None) -> str | None:
+        for name in gpu_choice.ORDER:
+            module = SimpleNamespace(
+                PRECISIONS=("fp16",), problem=lambda where, name=name: problems.get(name)
+            )
+            monkeypatch.setitem(sys.modules, component_file.BACKENDS[name], module)  # type: ignore[arg-type]
+        choice = choose(toy_bundle, manifest, device=device)
+        return choice.backend
+
+    monkeypatch.setattr(cuda, "why_not", lambda: None)
+    assert taken("auto") == taken("cuda") == "trt"
+    assert taken("auto", trt="no engines") == "torch"
+    no = {"trt": "no engines", "torch": "built without CUDA"}
+    assert taken("cuda", **no) == "ort"
+    monkeypatch.setattr(choice_file, "installed", lambda name: False)
+    assert taken("auto", **no) == "ort"  # the CPU's
+    with pytest.raises(DeviceError, match="trt: no engines; torch: built without CUDA; ort: no pr"):
+        taken("cuda", **no, ort="no provider")
+    with pytest.raises(DeviceError, match="trt: computes in fp16, not in fp32"):
+        choose(toy_bundle, manifest, device="cuda", precision="fp32")
+    monkeypatch.setattr(cuda, "why_not", lambda: "no NVIDIA driver here")
+    assert taken("auto") == "ort"
+    with pytest.raises(DeviceError, match="device 'cuda': no NVIDIA driver here"):
+        taken("cuda")
+
+
+def test_an_engine_that_is_missing_is_a_reason(
+    toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = manifest_file.read(toy_bundle)
+    monkeypatch.setattr(cuda, "probe", lambda index=0: RecordingDevice.gpu)
+    monkeypatch.setattr(cuda, "why_not", lambda: None)
+    monkeypatch.setattr(gpu_choice, "ORDER", ("trt", "trt"))
+    library = SimpleNamespace(name="tensorrt_rtx", version="1.2", module=None)
+    monkeypatch.setattr(trt.trt_library, "installed", lambda: ("tensorrt_rtx",))
+    monkeypatch.setattr(trt.trt_library, "find", lambda name=None: library)
+    with pytest.raises(DeviceError, match="trt: .*no engine of encoder .* run: diffusionact build"):
+        gpu_choice.gpu_backend(toy_bundle, manifest, "auto", asked=True)
+    assert gpu_choice.gpu_backend(toy_bundle, manifest, "auto", asked=False) is None
