@@ -30,21 +30,30 @@ def to_tensor(image: UInt8Array, out: Float32Array | None = None) -> Float32Arra
     return out
 
 
-def to_uint8(x: Float32Array) -> UInt8Array:
-    """Return the picture as uint8 [H,W,3], clipped and rounded; colour order is kept.
+def to_uint8(
+    x: Float32Array, out: UInt8Array | None = None, scratch: Float32Array | None = None
+) -> UInt8Array:
+    """Return the picture as uint8 [H,W,3], clipped and rounded; colour order is kept. Written to
+    `out` when given, by way of `scratch`, float32 of x's shape.
 
     x: float32 [1,3,H,W] or [3,H,W], nominally [-1, 1].
     """
-    chw = x[0] if x.ndim == 4 else x
-    scaled = chw.transpose(1, 2, 0) * np.float32(127.5)
+    scaled = np.multiply(x, np.float32(127.5), out=scratch)
     scaled += np.float32(127.5)
     np.clip(np.rint(scaled, out=scaled), 0.0, 255.0, out=scaled)
-    return scaled.astype(np.uint8)
+    hwc = scaled.reshape(scaled.shape[-3:]).transpose(1, 2, 0)
+    picture = np.empty(hwc.shape, np.uint8) if out is None else out
+    np.copyto(picture, hwc, casting="unsafe")
+    return picture
 
 
-def bgr_to_rgb(image: UInt8Array) -> UInt8Array:
-    """Return uint8 [H,W,3] with the first and last channel swapped, contiguous (both ways)."""
-    return np.ascontiguousarray(image[..., ::-1])
+def bgr_to_rgb(image: UInt8Array, out: UInt8Array | None = None) -> UInt8Array:
+    """Return uint8 [H,W,3] with the first and last channel swapped, contiguous (both ways);
+    written to `out` when given."""
+    if out is None:
+        return np.ascontiguousarray(image[..., ::-1])
+    np.copyto(out, image[..., ::-1])
+    return out
 
 
 def check_image(image: UInt8Array, what: str) -> None:

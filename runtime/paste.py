@@ -49,6 +49,7 @@ class Paster:
         grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1)
         places = (grid @ to_crop[:, :2].T + to_crop[:, 2]).astype(np.float32)
         self._empty = self._patch.size == 0
+        self._face = np.empty_like(self._patch)
         self._mask = _feathered(places, self._side)
         self._rest = 1.0 - self._mask
         if not self._empty:
@@ -60,24 +61,27 @@ class Paster:
         """The rows and columns of the portrait that may change."""
         return self._where
 
-    def paste(self, crop: UInt8Array) -> UInt8Array:
-        """Return a portrait of its own, uint8 [H,W,3], with the crop in its place.
+    def paste(self, crop: UInt8Array, out: UInt8Array | None = None) -> UInt8Array:
+        """Return a portrait of its own, uint8 [H,W,3], with the crop in its place; written to `out`
+        when given.
 
-        crop: uint8 [side,side,3], in the portrait's colour order.
+        crop: uint8 [side,side,3], in the portrait's colour order. Not for two threads at once.
         """
-        frame = self._portrait.copy()
+        frame = np.empty_like(self._portrait) if out is None else out
+        np.copyto(frame, self._portrait)
         if self._empty:
             return frame
         if self._side != len(crop):
             crop = resize_area(crop, self._side, self._side)
-        face = cv2.remap(
+        cv2.remap(
             crop,
             self._map[0],
             self._map[1],
             interpolation=cv2.INTER_LINEAR,
+            dst=self._face,
             borderMode=cv2.BORDER_REPLICATE,
         )
-        frame[self._where] = cv2.blendLinear(face, self._patch, self._mask, self._rest)
+        cv2.blendLinear(self._face, self._patch, self._mask, self._rest, dst=frame[self._where])
         return frame
 
 
