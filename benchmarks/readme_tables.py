@@ -110,16 +110,24 @@ def with_tables(text: str, results: Path = RESULTS) -> str:
     return text
 
 
+# option of `diffusionact bench` -> its default, as `_command` writes values
+DEFAULTS = {
+    "backend": "auto",
+    "precision": "auto",
+    "steps": "none",
+    "threads": "0",
+    "batch": "1",
+    "approximate": "none",
+}
+
+
 def _command(found: Sequence[records.Record]) -> str:
     """The command that measures these variants again."""
     words = ["diffusionact bench"]
-    for option, key in (
-        ("--backend", "backend"), ("--precision", "precision"), ("--steps", "steps"),
-        ("--threads", "threads"), ("--approximate", "approximate"),
-    ):  # fmt: skip
-        asked = list(dict.fromkeys(str(record["variant"][key]).lower() for record in found))
-        if asked not in (["auto"], ["none"], ["0"]):
-            words.append(f"{option} {','.join(asked)}")
+    for option, default in DEFAULTS.items():
+        asked = list(dict.fromkeys(str(record["variant"][option]).lower() for record in found))
+        if asked != [default]:
+            words.append(f"--{option} {','.join(asked)}")
     return " ".join(words)
 
 

@@ -40,6 +40,7 @@ def record(
             "steps": 4,
             "threads": 0,
             "approximate": None,
+            "batch": 1,
         },
         "ran": {
             "backend": backend,
@@ -48,6 +49,7 @@ def record(
             "threads": 4,
             "device": "cpu",
             "approximate": None,
+            "batch": 1,
         },
         "bundle": {"name": "toy", "weights_sha256": "0" * 64, "image_size": 32},
         "frame": "render",

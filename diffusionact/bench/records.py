@@ -29,6 +29,7 @@ VARIANT_WORDS = {
     "precision": "{}",
     "steps": "{} steps",
     "threads": "{} threads",
+    "batch": "{} at once",
     "device": "{}",
 }
 BUSY_LOAD = 0.5  # processes a core that already want to run

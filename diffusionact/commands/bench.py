@@ -13,7 +13,7 @@ from diffusionact.commands.model import counts, words
 from diffusionact.commands.output import say
 
 if TYPE_CHECKING:
-    from diffusionact.runtime.bench import Task, Variant
+    from diffusionact.runtime.rig import Task, Variant
 
 HELP = "How fast a bundle is here: stages, frames, start, memory."
 
@@ -39,6 +39,13 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="step counts, each a variant (default: the bundle's)",
     )
     add("--threads", type=counts, default=(0,), metavar="N,...", help="(default: one a core)")
+    add(
+        "--batch",
+        type=counts,
+        default=(1,),
+        metavar="N,...",
+        help="frames at once, each by networks and threads of its own (default: 1)",
+    )
     add(
         "--approximate",
         type=ways,
@@ -74,7 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure variants of a bundle against one another."""
     from diffusionact.bench import page, records
     from diffusionact.progress import StageProgress
-    from diffusionact.runtime.bench import Task, measure, variants_of
+    from diffusionact.runtime.bench import measure, variants_of
+    from diffusionact.runtime.rig import Task
 
     task = Task(
         Path(arguments.bundle),
@@ -89,6 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.steps,
         arguments.threads,
         arguments.approximate,
+        arguments.batch,
         arguments.device,
     )
     with StageProgress(quiet=arguments.quiet) as progress:
