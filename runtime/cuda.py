@@ -93,8 +93,17 @@ def probe(index: int = 0) -> Gpu:
         raise
     except Exception as error:  # the loader's own classes: no driver, or one too old
         raise DeviceError(f"no NVIDIA driver here ({error}); {_WITHOUT}") from error
-    seen = gpu_here()
-    return Gpu(name, f"sm_{major}{minor}", seen.driver_major if seen else 0)
+    return Gpu(name, f"sm_{major}{minor}", _driver_major())
+
+
+def _driver_major() -> int:
+    """The driver's own number, which engines are keyed by; 0 where nvidia-smi does not tell it, as
+    in some containers: then only engines made ahead of time fit."""
+    try:
+        seen = gpu_here()
+    except DeviceError:
+        return 0
+    return seen.driver_major if seen else 0
 
 
 def why_not() -> str | None:

@@ -95,6 +95,18 @@ def test_without_cuda_bindings_the_command_is_told(monkeypatch: pytest.MonkeyPat
         cuda._driver.cache_clear()
 
 
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_driver_whose_tool_does_not_answer_still_works(
+    silent: bool, tmp_path: Path, double: Path
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n" + ("exit 9" if silent else "echo 'Double, 9.0, 580.65.06'"))
+    tool.chmod(0o755)
+    code = "from diffusionact.runtime import cuda; print(cuda.probe())"
+    done = on_double(double, "-c", code, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert f"target='sm_90', driver_major={0 if silent else 580}" in done.stdout, done.stderr
+
+
 def test_importing_it_loads_no_driver() -> None:
     code = (
         "import diffusionact.runtime.cuda, sys; print([m for m in sys.modules if m[:4] == 'cuda'])"
