@@ -25,7 +25,8 @@ def to_tensor(image: UInt8Array, out: Float32Array | None = None) -> Float32Arra
     """
     if out is None:
         out = np.empty((1, 3, *image.shape[:2]), np.float32)
-    np.divide(image.transpose(2, 0, 1), np.float32(127.5), out=out[0], dtype=np.float32)
+    np.copyto(out[0], image.transpose(2, 0, 1))
+    out /= np.float32(127.5)
     out -= 1.0
     return out
 
