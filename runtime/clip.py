@@ -38,7 +38,8 @@ from diffusionact.runtime.writer import Writer, open_writer
 
 PathLike: TypeAlias = "str | Path"
 
-PROBED_FROM = 20  # frames of a clip; a shorter one is not worth one more
+PROBED_FROM = 20  # frames of a clip; a shorter one is not worth more of them
+WARM_UP_S = 1.0  # of a frame; a slower one shows little of it
 
 
 @dataclass(frozen=True)
@@ -167,12 +168,20 @@ def _open_writer(
 def _probe_s(
     act: Reenactor, source: Source, reader: Reader, writer: Writer, wanted: bool
 ) -> float | None:
-    """The seconds that a frame of the second pass takes: one is rendered, where a clip is long
+    """The seconds that a frame of the second pass takes: some are rendered, where a clip is long
     enough to be worth it; None where not known."""
     if not writer.wants_pictures:
         return 0.0
     if not wanted or (reader.length or 0) < PROBED_FROM:
         return None
+    first_s = _rest_s(act, source)
+    if first_s > WARM_UP_S:
+        return first_s
+    # The first frame of all makes what the next ones find made.
+    return (_rest_s(act, source) + _rest_s(act, source)) / 2.0
+
+
+def _rest_s(act: Reenactor, source: Source) -> float:
     begun_s = time.monotonic()
     act.rest(source)
     return time.monotonic() - begun_s

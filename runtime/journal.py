@@ -16,7 +16,7 @@ from diffusionact.errors import MediaError
 from diffusionact.runtime.media import Image
 
 HEAD = struct.Struct("<II")  # bytes of the picture that follows, and their CRC-32
-PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1)  # half the bytes of the pixels, for 2 ms at 256 x 256
+PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1)  # half the bytes of the pixels, in milliseconds
 
 
 class Journal:

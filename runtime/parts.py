@@ -36,7 +36,7 @@ SOURCE, MOTION, CROPS = KEPT = "source.npz", "motion.npz", "crops.bin"
 
 def parts_folder(output: str | os.PathLike[str]) -> Path:
     """Return where the parts of an unfinished result lie: beside it, .NAME.parts."""
-    path = Path(output)
+    path = Path(os.path.abspath(output))  # "." has no name
     return path.with_name(f".{path.name}.parts")
 
 
@@ -213,6 +213,8 @@ def _locked(file: int) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         return False
+    except OSError:  # a disk over the network, that knows no locks
+        return True
     return True

@@ -18,7 +18,7 @@ from diffusionact.runtime.reenactor import Reenactor
 from tests.clips import ScriptedTracker, folder_of, moving, write_portrait
 
 UInt8Array = npt.NDArray[np.uint8]
-FRAMES, TRACK_S, RENDER_S = 60, 0.004, 0.016
+FRAMES, TRACK_S, RENDER_S = 50, 0.01, 0.04
 # Of the time that is really left: sleeps are never shorter than asked for, but often longer, and
 # on a busy machine by different amounts in the two passes.
 MEDIAN_ERROR, WORST_ERROR = 0.25, 0.6

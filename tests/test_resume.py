@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from diffusionact.landmarks import Landmarks, sidecar_path
 from diffusionact.runtime import parts as parts_module
 from diffusionact.runtime.clip import ClipReport, run_clip
 from diffusionact.runtime.journal import Journal
-from diffusionact.runtime.media import open_reader
+from diffusionact.runtime.media import FRAME_NS, open_reader
 from diffusionact.runtime.motion import Motion
 from diffusionact.runtime.parts import Parts, forget_parts, parts_folder
 from diffusionact.runtime.recipe import recipe_of
@@ -36,6 +38,7 @@ from tests.test_audio import beep_time_s, write_sound
 UInt8Array = npt.NDArray[np.uint8]
 ROOT = Path(__file__).parents[1]
 COUNT, LOST, KILL_AT = 30, range(10, 14), 17  # frames; without a face; where the kill comes
+SETTINGS = Settings(backend="ort")  # not the fastest, which is measured anew in every test
 CHILD_S = 60.0  # to start, load and work; longer means that it hangs
 RunClip = Callable[..., ClipReport]
 
@@ -69,7 +72,7 @@ def driver_file(tmp_path: Path, face: Landmarks) -> Path:
 def run(toy_bundle: Path, portrait_file: Path, driver_file: Path, tmp_path: Path) -> RunClip:
     """A run of the clip into a folder and file of tmp_path, as one process does it."""
 
-    def made(output: str, settings: Settings | None = None, **options: Any) -> ClipReport:
+    def made(output: str, settings: Settings = SETTINGS, **options: Any) -> ClipReport:
         with Reenactor.load(toy_bundle, settings=settings) as act:
             return run_clip(act, portrait_file, driver_file, tmp_path / output, **options)
 
@@ -116,7 +119,7 @@ CHILD = """
     from pathlib import Path
     from diffusionact.runtime.clip import run_clip
     from diffusionact.runtime.media import VideoReader
-    from diffusionact.runtime.reenactor import Reenactor
+    from diffusionact.runtime.reenactor import Reenactor, Settings
     bundle, portrait, driver, output, where, number = sys.argv[1:]
     left = int(number)
 
@@ -141,7 +144,7 @@ CHILD = """
         Reenactor.reenact = counted
     else:
         VideoReader.__iter__ = frames
-    with Reenactor.load(bundle) as act:
+    with Reenactor.load(bundle, settings=Settings(backend="ort")) as act:
         run_clip(act, portrait, driver, output)
 """
 
@@ -246,6 +249,39 @@ def test_what_is_stopped_early_leaves_nothing_behind(
     assert names(tmp_path / "out") == []
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to a child")
+def test_control_c_ends_all_threads_and_leaves_nothing(
+    toy_bundle: Path, portrait_file: Path, face: Landmarks, tmp_path: Path
+) -> None:
+    driver, output = tmp_path / "long.npz", tmp_path / "out" / "out.mp4"
+    count = 3_000  # more than it can do in this time
+    make_track([face] * count, list(range(0, count * FRAME_NS, FRAME_NS)), (32, 32)).save(driver)
+    words = ["run", "-s", portrait_file, "-d", driver, "-o", output, "--bundle", toy_bundle,
+             "--backend", "ort"]  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-m", "diffusionact.cli", *map(str, words)],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        crops, begun_s = parts_folder(output) / "crops.bin", time.monotonic()
+        while not (crops.exists() and crops.stat().st_size):
+            assert process.poll() is None and time.monotonic() - begun_s < CHILD_S
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=CHILD_S)
+    assert process.returncode == 130, said
+    assert "diffusionact: interrupted" in said and "Traceback" not in said
+    assert names(output.parent) == []
+
+
+def test_the_folder_one_is_in_has_parts_beside_it(
+    run: RunClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parts_folder(".") == tmp_path.with_name(f".{tmp_path.name}.parts")
+    with pytest.raises(MediaError, match="the folder is not empty"):
+        run(".")
+
+
 def touched_portrait(portrait: Path, driver: Path) -> None:
     image = cv2.imread(str(portrait))
     assert image is not None
@@ -269,8 +305,8 @@ def touched_landmarks(portrait: Path, driver: Path) -> None:
         (touched_portrait, "portrait changed"),
         (touched_driver, "driver changed"),
         (touched_landmarks, "driver changed"),
-        (Settings(steps=2), "steps was None and is 2"),
-        (Settings(paste=False), "paste was True and is False"),
+        (replace(SETTINGS, steps=2), "steps was None and is 2"),
+        (replace(SETTINGS, paste=False), "paste was True and is False"),
         ({"face": 1}, "face was None and is 1"),
         ("versions", "version of diffusionact was .* and is 99"),
         ("bundle", "bundle changed"),
@@ -366,10 +402,10 @@ def test_no_room_for_crops_ends_the_keeping_and_not_the_run(
             raise OSError(28, "No space left on device")
         real(self, image)
 
-    monkeypatch.setattr(Journal, "append", full)
-    run("out.mp4")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", full)
+        run("out.mp4")
     assert [m for m in caplog.messages if "No space left on device" in m] == caplog.messages
-    monkeypatch.undo()
     run("whole.mp4")
     assert contents(tmp_path / "out.mp4") == contents(tmp_path / "whole.mp4")
 
