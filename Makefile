@@ -11,7 +11,7 @@ WANTED := pyproject.toml constraints.txt CMakeLists.txt $(wildcard runtime/kerne
 # The networks of the tests are tiny: a second thread would mostly wait for the first.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
-.PHONY: help env dev demo test test-slow lint clean
+.PHONY: help env dev demo test test-slow gpu-check gpu-bench links lint clean
 help:
 	@sed -n 's/^## //p' Makefile
 
@@ -23,16 +23,30 @@ demo: env
 test: dev
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=$$?; \
-	$(PYTEST) -m "not slow" || status=$$?; \
+	$(PYTEST) -m "not slow and not gpu" || status=$$?; \
 	exit $$status
 
 test-slow: dev
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not gpu"
 
 lint: dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+## make gpu-check  on a GPU machine: the tests that need one, then times; within 8 minutes
+## make gpu-bench  the times alone. Both install nothing: PyTorch is that of GPU_PYTHON (python3)
+GPU_PYTHON := python3
+gpu-check: links
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu --check
+
+gpu-bench: links
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu
+
+# A copy of the tree may have lost them.
+links:
+	@for name in engines export runtime training; do \
+	  test -e diffusionact/$$name || ln -s ../$$name diffusionact/$$name; done
 
 ## make env        the environment of `make demo`      make dev     that of `make test`
 env: $(VENV)/.env

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -54,6 +53,8 @@ def draw_condition(
     off the canvas are cut at its edge.
     Source: DiffusionAct code, for colours and order.
     """
+    import cv2  # only who draws needs it: manifests are read where there is none
+
     canvas = np.empty((side, side, 3), np.uint8) if out is None else out
     canvas[:] = drawing.background
     bits = _FRACTION_BITS if drawing.antialias else 0

@@ -27,19 +27,20 @@ try:
     import torch
     from torch import Tensor, nn
 
-    from diffusionact.training import weights as weights_file
+    from diffusionact.training import models
     from diffusionact.training.models import ReenactmentEncoder, UNet
 except ImportError as error:
     raise BackendMissing(
-        f"backend 'torch' needs PyTorch and safetensors ({error}); "
-        "run: pip install 'diffusionact[torch]'"
+        f"backend 'torch' needs PyTorch ({error}); run: pip install 'diffusionact[torch]'"
     ) from error
 
 Function: TypeAlias = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 WEIGHTS_FILE = "weights.safetensors"  # in a bundle
 PARTS = {"encoder": "reenactment", "": "render", "_invert": "invert"}
-COMPILE_MODE = "max-autotune-no-cudagraphs"  # whoever wants a graph captures it around more
+# Of torch.compile. On CUDA whoever wants a graph captures it around more than one network; on a CPU
+# the search takes many minutes.
+COMPILE_MODES = {"cuda": "max-autotune-no-cudagraphs", "cpu": "default"}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -140,15 +141,13 @@ def open_model(
     threads: int,
     precision: str,
     stream: int | None = None,
-    compiled: bool = False,
 ) -> TorchComponent:
     """Return the network that an .onnx file of a bundle was exported from, held to its specs.
 
     threads: of this process's PyTorch, for all that it computes; 0 leaves them as they are;
-    stream: the address of the CUDA stream to run on, None makes one; compiled: by torch.compile,
-    at the first run, which takes minutes for a large network.
+    stream: the handle of the CUDA stream to run on, None makes one.
 
-    Raises: DeviceError without a usable GPU; BundleError when the weights are not at hand, are
+    Raises: BackendMissing without safetensors; DeviceError without a usable GPU; BundleError when the weights are not at hand, are
     damaged, or are not the network that the specs describe.
     """
     if found := problem(device):
@@ -157,13 +156,45 @@ def open_model(
         torch.set_num_threads(threads)
     manifest = manifest_file.read(path.parent, verify=False)
     name = _component(path, manifest)
-    weights = weights_file.load(find_weights(path.parent, manifest))
-    network = weights.network(PARTS["encoder"] if name == "encoder" else PARTS[_suffix(name)])
+    part = PARTS["encoder"] if name == "encoder" else PARTS[_suffix(name)]
+    network = _load(find_weights(path.parent, manifest), part)
     _check(path, name, manifest, (inputs, outputs))
+    return component_of(
+        name, network, (inputs, outputs), device=device, precision=precision, stream=stream
+    )
+
+
+def component_of(
+    name: str,
+    network: nn.Module,
+    specs: tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec]],
+    *,
+    device: str,
+    precision: str,
+    stream: int | None = None,
+    compiled: bool = False,
+) -> TorchComponent:
+    """Return a component of a network that is at hand, which is the component's from now on.
+
+    compiled: by torch.compile at the first run, which takes minutes for a large network.
+    """
     function = _function(name, network, _Form(device, _TYPES[precision]))
     if compiled:
-        function = torch.compile(function, mode=COMPILE_MODE, fullgraph=True, dynamic=False)
-    return TorchComponent(function, inputs, outputs, _Lane(device, stream))
+        function = torch.compile(
+            function, mode=COMPILE_MODES[device], fullgraph=True, dynamic=False
+        )
+    return TorchComponent(function, *specs, _Lane(device, stream))
+
+
+def _load(path: Path, part: str) -> nn.Module:
+    try:
+        from diffusionact.training import weights
+    except ImportError as error:
+        raise BackendMissing(
+            f"backend 'torch' reads weights with safetensors ({error}); "
+            "run: pip install 'diffusionact[torch]'"
+        ) from error
+    return weights.load(path).network(part)
 
 
 def find_weights(bundle_dir: Path, manifest: Manifest) -> Path:
@@ -187,7 +218,7 @@ def find_weights(bundle_dir: Path, manifest: Manifest) -> Path:
 def weights_places(bundle_dir: Path) -> tuple[Path, ...]:
     """Return the files that may be a bundle's weights: weights.safetensors in it, its own name
     beside it (face.bundle, face.safetensors), and, in a checkout, the checkpoints of training."""
-    checkpoints = Path(weights_file.__file__).parent / "checkpoints"
+    checkpoints = Path(models.__file__).parents[1] / "checkpoints"
     place = Path(bundle_dir).resolve()
     listed = (place / WEIGHTS_FILE, place.with_suffix(".safetensors"))
     return tuple(path for path in (*listed, *checkpoints.glob("*.safetensors")) if path.is_file())

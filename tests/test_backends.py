@@ -53,9 +53,11 @@ class Case:
 CASES = [
     Case("ort", "cpu", "fp32", "onnxruntime"),
     Case("torch", "cpu", "fp32", "torch"),
+    Case("openvino", "cpu", "bf16", "openvino"),
+]
+SLOW_CASES = [
     Case("torch", "cpu", "bf16", "torch"),
     Case("openvino", "cpu", "fp32", "openvino"),
-    Case("openvino", "cpu", "bf16", "openvino"),
 ]
 GPU_CASES = [
     Case("ort", "cuda", "fp32", "onnxruntime"),
@@ -66,9 +68,11 @@ GPU_CASES = [
 ]
 PARAMETERS = [
     pytest.param(case, id="-".join((case.backend, case.device, case.precision)), marks=marks)
-    for cases, marks in ((CASES, ()), (GPU_CASES, (pytest.mark.gpu,)))
+    for cases, marks in (
+        (CASES, ()), (SLOW_CASES, (pytest.mark.slow,)), (GPU_CASES, (pytest.mark.gpu,))
+    )
     for case in cases
-]
+]  # fmt: skip
 
 
 class Host:
