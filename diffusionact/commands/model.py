@@ -26,7 +26,7 @@ def model_options() -> argparse.ArgumentParser:
         metavar="N",
         help="diffusion steps, or timesteps as 0,250,500 (default: the bundle's)",
     )
-    options.add_argument("--device", default="auto", help="auto or cpu (default: auto)")
+    options.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     options.add_argument(
         "--backend", default="auto", help="auto, or the name of one, such as ort (default: auto)"
     )
