@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import signal
 import struct
 import subprocess
 import sys
+import threading
+import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -547,6 +550,36 @@ def test_the_command_says_where_the_page_is_and_ends_in_order(
         asyncio.run(use())
         assert process.wait(30) == 128 + number
         assert process.stderr.read() == b""
+
+
+@pytest.mark.slow
+def test_visitors_who_come_and_go_leave_nothing_behind(act: Reenactor) -> None:
+    held: list[tuple[int, int, int]] = []  # tasks, threads, traced bytes
+
+    async def use(browser: Browser) -> None:
+        for number in range(240):
+            async with browser.page() as page:
+                await page.begin(transport=("landmarks", "frames")[number % 2])
+                if number % 2:
+                    await page.socket.send_bytes(grey_frame(9, 1))
+                    await page.picture()
+                else:
+                    await page.drive(TRACK[1], SIDE, 1, 1)
+                    await page.socket.send_bytes(messages.landmarks_message(None, SIDE, 2, 2))
+            if number in (79, 239):
+                await asyncio.sleep(0.5)
+                gc.collect()
+                traced = tracemalloc.get_traced_memory()[0]
+                held.append((len(asyncio.all_tasks()), threading.active_count(), traced))
+
+    tracemalloc.start()
+    try:
+        visit(act, use, new_tracker=lambda: FakeTracker([]))
+    finally:
+        tracemalloc.stop()
+    (tasks, threads, early), (later_tasks, later_threads, late) = held
+    assert later_tasks <= tasks and later_threads <= threads
+    assert late - early < 500_000  # of 160 visitors: 3 KB each
 
 
 # ---- parts ----

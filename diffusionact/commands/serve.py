@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import secrets
 import signal
+import socket
 from collections.abc import Coroutine
 from functools import partial
 from pathlib import Path
@@ -94,8 +95,7 @@ async def _until_ended(serving: Coroutine[Any, Any, None]) -> int:
 
 def _tell(arguments: argparse.Namespace, site: Site, server: Server, port: int) -> None:
     """Print where the page is, and what it lacks."""
-    scheme = "https" if site.tls else "http"
-    host = "localhost" if site.host in ("127.0.0.1", "::1") else site.host
+    scheme, host = "https" if site.tls else "http", _reached_by(site)
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/"
     url += f"#token={site.token}" if site.token else ""
     lines = [f"the page is at {url}  (end with Ctrl+C)"]
@@ -106,3 +106,20 @@ def _tell(arguments: argparse.Namespace, site: Site, server: Server, port: int) 
         )
     values = {"url": url, "web_tracker": server.has_web_tracker}
     say(arguments, values, "\n".join(lines))
+
+
+def _reached_by(site: Site) -> str:
+    """A name or address that pages can use: of a server that listens everywhere, a name it was
+    given, or the address that this machine has in its network."""
+    if site.host in ("127.0.0.1", "::1"):
+        return "localhost"
+    if site.host not in ("0.0.0.0", "::"):
+        return site.host
+    if site.names:
+        return site.names[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # of documentation; nothing is sent
+        except OSError:
+            return socket.gethostname()
+        return str(probe.getsockname()[0])
