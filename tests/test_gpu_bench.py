@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from benchmarks import gpu, gpu_variant  # noqa: E402
 from diffusionact.manifest import REQUIRED, component_tensors  # noqa: E402
 from diffusionact.runtime import cuda  # noqa: E402
 from diffusionact.training.models import FFHQ256, UNet  # noqa: E402
+from tests.recording_device import OnDevice, RecordingDevice  # noqa: E402
 
 pytestmark = pytest.mark.torch
 # Section 5 of what is known of the published network: one step, one encoder pass.
@@ -66,6 +68,38 @@ def test_others_are_compared_with_the_first(tmp_path: Path) -> None:
     half = check(found, "torch-bf16")
     assert 0 < half["mean_levels"] < 5 and half["max_levels"] < 40
     assert check(found, "torch-fp32-compiled")["mean_levels"] < 0.02
+
+
+def test_the_gpus_loop_over_pytorch_gives_the_cpus_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of what runs on a GPU but the GPU: the graph loop, its modes, and PyTorch's networks."""
+    device, opener = RecordingDevice(), gpu_variant.Opener
+
+    class Recorded(opener):  # type: ignore[misc, valid-type]
+        def __init__(self, request: gpu_variant.Request, stream: int | None) -> None:
+            assert stream == device.stream
+            super().__init__(dataclasses.replace(request, device="cpu"), None)
+
+        def __call__(self, name: str, count: int) -> Any:
+            return OnDevice(device, f"{name} {count}", super().__call__(name, count))
+
+    weights = tmp_path / "weights.pt"
+    gpu_variant.make_weights("tiny", weights)
+    picture = str(tmp_path / "picture.npy")
+    request = gpu_variant.Request(
+        "torch", "fp32", False, ("eager",), "cpu", "tiny", steps=3, frames=2,
+        weights=str(weights), picture=picture,
+    )  # fmt: skip
+    gpu_variant.measure(request)
+    monkeypatch.setattr(gpu_variant, "Opener", Recorded)
+    monkeypatch.setattr(cuda, "Device", lambda: device)
+    modes = ("eager", "step", "turbo")
+    rows = gpu_variant.measure(dataclasses.replace(request, device="cuda", modes=modes))
+    assert [row["mode"] for row in rows] == list(modes)
+    assert all(row["as_first_mode"] and row["finite"] for row in rows)
+    assert all(row["max_levels"] <= 0.501 for row in rows), "8 bits of the same picture"
+    assert all("outside_networks_ms" in row and row["gpu"] for row in rows)
 
 
 @pytest.mark.skipif(cuda.why_not() is None, reason="a GPU is here")
