@@ -24,6 +24,8 @@ from diffusionact.schedule import Run
 Mode: TypeAlias = Literal["step", "turbo", "eager"]
 
 COEFFICIENTS = 6  # of a step: the fields of schedule.Step after `row`
+# Libraries choose their algorithms and allocate the first time, and what they chose the second.
+WARM_UPS = 2
 _log = logging.getLogger("diffusionact")
 
 
@@ -51,8 +53,12 @@ class Recorder:
         self._device = device
         self.why_eager: str | None = "asked for" if mode == "eager" else None
 
-    def __call__(self, work: Work) -> Graph:
-        work()  # libraries choose their algorithms and allocate the first time
+    def __call__(self, work: Work, before: Work | None = None) -> Graph:
+        """Return the work recorded, or as it is. before: what each time of doing it begins with."""
+        for _ in range(WARM_UPS):
+            if before is not None:
+                before()
+            work()
         self._device.synchronize()
         if self.why_eager is None:
             try:
@@ -161,16 +167,14 @@ class Sampler:
         """Return the recorded step; the one of another run over the same network serves too."""
         self.bound_step.load(self._tables)
         self._modulate = recorder(self._modulation.run)
-        start()
-        self._step = step or recorder(self.bound_step.do)
+        self._step = step or recorder(self.bound_step.do, before=start)
         return self._step
 
     def unroll(self, recorder: Recorder, start: Work) -> None:
         """Return nothing; all steps are one graph, where that can be recorded."""
         self.bound_step.load(self._tables)
-        start()
         self._modulate.launch()
-        made = recorder(self._all_steps)
+        made = recorder(self._all_steps, before=start)
         self._unrolled = None if isinstance(made, Eager) else made
 
     def unroll_no_more(self) -> None:

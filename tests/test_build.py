@@ -27,7 +27,6 @@ from diffusionact.engine_files import EngineManifest, Gpu, Parity
 from diffusionact.engines import build as engines
 from diffusionact.engines import plan as engine_plan
 from diffusionact.engines.build import Settings
-from diffusionact.gpu import gpu_here
 from diffusionact.errors import (
     BackendMissing,
     BundleError,
@@ -35,6 +34,7 @@ from diffusionact.errors import (
     EngineError,
     SettingsError,
 )
+from diffusionact.gpu import gpu_here
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="no tensorrt_rtx; make dev installs it")
 

@@ -241,6 +241,15 @@ def test_tables_are_sent_only_when_the_run_changes(open_on: Any, toy_bundle: Pat
     assert sum(operation[0] == "upload" for operation in device.launched) == 3
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_of_one_step(mode: Any, open_on: Any, toy_bundle: Path) -> None:
+    """Its tables have one row: what is done to warm up must not read a second."""
+    wanted = open_loop(toy_bundle, manifest_file.read(toy_bundle), steps=[500], threads=1)
+    loop = open_on(toy_bundle, RecordingDevice(), steps=[500], mode=mode)
+    z = np.ones((1, Z), np.float32)
+    np.testing.assert_array_equal(loop.render(noise(1), z), wanted.render(noise(1), z))
+
+
 @pytest.mark.parametrize("refused", ["unet_step", "encoder", "modulation"])
 def test_what_cannot_be_recorded_is_launched_as_it_comes(
     refused: str, open_on: Any, toy_bundle: Path, reference: Loop, caplog: pytest.LogCaptureFixture
