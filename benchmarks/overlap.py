@@ -97,7 +97,8 @@ def shortened(motion: Motion, frames: int) -> Motion:
     few = type(track)(
         track.landmarks[:frames], track.gaze[:frames], track.pts_ns[:frames], track.size
     )
-    return Motion(few, motion.spans_ns[:frames], motion.times[:frames])
+    times = {stage: values[:frames] for stage, values in motion.times.items()}
+    return Motion(few, motion.spans_ns[:frames], times)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from diffusionact.runtime.reenactor import Reenactor
 from diffusionact.runtime.rendering import render_motion
 from diffusionact.runtime.sidecar import Sidecar
 from diffusionact.runtime.source import Source
-from diffusionact.runtime.timing import StageTimes, summarise
+from diffusionact.runtime.timing import StageTimes
 from diffusionact.runtime.writer import Writer, open_writer
 
 PathLike: TypeAlias = "str | Path"
@@ -98,9 +98,15 @@ def run_clip(
                     parts.keep_motion(motion)
             session = act.session(source)
             session.start(motion.track)
-            times = render_motion(act, session, motion, writer, parts, left)
-    spent_s, count = time.monotonic() - begun_s, len(motion.spans_ns)
-    return ClipReport(output, count, motion.seen(), count - len(times), spent_s, summarise(times))
+            tally = render_motion(act, session, motion, writer, parts, left)
+    return ClipReport(
+        output,
+        len(motion.spans_ns),
+        motion.seen(),
+        parts.done if parts else 0,
+        time.monotonic() - begun_s,
+        tally.summary(),
+    )
 
 
 def prepare_portrait(act: Reenactor, portrait: PathLike, face: int | None = None) -> Source:

@@ -26,7 +26,7 @@ from diffusionact.runtime.reenactor import Reenactor
 from diffusionact.runtime.rendering import render_motion
 from diffusionact.runtime.sheet import contact_sheet, fit_square, panels
 from diffusionact.runtime.source import Source
-from diffusionact.runtime.timing import StageTimes, summarise
+from diffusionact.runtime.timing import StageTimes
 from diffusionact.runtime.writer import Writer, open_writer
 
 PANEL_PX, SHEET_PX, MOMENTS = 384, 176, 8
@@ -74,11 +74,11 @@ def run_demo(
     with open_writer(sheet) as picture:
         writer = open_writer(video, time_base=reader.time_base, audio_from=reader.path)
         with _Film(source, reader, shown, writer) as film:
-            times = render_motion(act, session, motion, film, left=left)
+            tally = render_motion(act, session, motion, film, left=left)
         rows = [list(row) for row in zip(*film.moments, strict=True)]
         made = contact_sheet(source.portrait, rows, ("driver", "drawing", "result"), SHEET_PX)
         picture.write(made, 0, 0, source.landmarks)
-    return DemoReport(video, sheet, count, time.monotonic() - begun_s, summarise(times))
+    return DemoReport(video, sheet, count, time.monotonic() - begun_s, tally.summary())
 
 
 class _Film:

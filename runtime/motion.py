@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from diffusionact.errors import MediaError, NoFace
 from diffusionact.landmarks import Landmarks, Track, load_npz, save_npz
@@ -16,7 +18,6 @@ from diffusionact.runtime.ahead import read_ahead
 from diffusionact.runtime.media import FolderReader, Frame, Reader, TrackReader, VideoReader
 from diffusionact.runtime.reenactor import Reenactor
 from diffusionact.runtime.sidecar import Sidecar
-from diffusionact.runtime.timing import StopWatch
 from diffusionact.runtime.writer import make_track
 
 TIMES_SUFFIX = "_times_ns"
@@ -25,11 +26,11 @@ TIMES_SUFFIX = "_times_ns"
 @dataclass(frozen=True)
 class Motion:
     """A driver's track, for how long each of its frames shows, and what finding it took:
-    times: per frame, stage -> nanoseconds, "read", and "track" where a tracker was asked."""
+    times: stage -> nanoseconds, int64 [N]; "read", and "track" where a tracker was asked."""
 
     track: Track
     spans_ns: tuple[int, ...]
-    times: tuple[Mapping[str, int], ...]
+    times: Mapping[str, npt.NDArray[np.int64]]
 
     def seen(self) -> int:
         """Return the number of frames that have a face."""
@@ -38,15 +39,11 @@ class Motion:
     def save(self, path: Path) -> None:
         """Return nothing; the file (.npz) is a landmark track, with more beside it; it is
         complete or not there at all. Raises: MediaError when it cannot be written."""
-        stages = self.times[0].keys()
         save_npz(
             path,
             **self.track.arrays(),
             spans_ns=np.array(self.spans_ns, np.int64),
-            **{
-                f"{stage}{TIMES_SUFFIX}": np.array([t[stage] for t in self.times], np.int64)
-                for stage in stages
-            },
+            **{f"{stage}{TIMES_SUFFIX}": values for stage, values in self.times.items()},
         )
 
     @classmethod
@@ -55,13 +52,11 @@ class Motion:
         arrays = load_npz(path, "driver's motion")
         if "spans_ns" not in arrays:
             raise MediaError(f"{path}: a landmark track, not a driver's motion")
-        stages = {
-            name.removesuffix(TIMES_SUFFIX): values.tolist()
+        times = {
+            name.removesuffix(TIMES_SUFFIX): values.astype(np.int64)
             for name, values in arrays.items()
             if name.endswith(TIMES_SUFFIX)
         }
-        rows = zip(*stages.values(), strict=True)
-        times = tuple(dict(zip(stages, row, strict=True)) for row in rows)
         return cls(Track.load(path), tuple(arrays["spans_ns"].tolist()), times)
 
 
@@ -77,28 +72,28 @@ def driver_motion(
     file = _single_file(reader)
     known = None if file is None else Sidecar.beside(file)
     faces: list[Landmarks | None] = []
-    pts_ns, spans_ns, times = [], [], []
+    pts_ns, spans_ns, read_times_ns, track_times_ns = [], [], [], []
     size = reader.track.size if isinstance(reader, TrackReader) else (0, 0)
     with closing(read_ahead(reader)) as frames:
         for frame, read_ns in frames:
-            watch = StopWatch()
+            begun_ns = time.monotonic_ns()
             if frame.image_bgr is not None:
                 size = (frame.image_bgr.shape[1], frame.image_bgr.shape[0])
-            if known is None:
-                faces.append(_find(act, frame))
-                watch.lap("track")
-            else:
-                faces.append(None)
+            faces.append(None if known is not None else _find(act, frame))
+            read_times_ns.append(read_ns)
+            track_times_ns.append(time.monotonic_ns() - begun_ns)
             pts_ns.append(frame.pts_ns)
             spans_ns.append(frame.duration_ns)
-            times.append({"read": read_ns, **watch.times})
             if progress is not None:  # a file's header may promise another number
                 progress(len(faces), reader.length and max(reader.length, len(faces)))
     if progress is not None:
         progress(len(faces), len(faces))
     if known is not None:
         faces = known.faces(len(faces), size)
-    motion = Motion(make_track(faces, pts_ns, size), tuple(spans_ns), tuple(times))
+    times = {"read": np.array(read_times_ns, np.int64)}
+    if known is None:
+        times["track"] = np.array(track_times_ns, np.int64)
+    motion = Motion(make_track(faces, pts_ns, size), tuple(spans_ns), times)
     if not motion.seen():
         raise NoFace(
             f"{reader.name}: no face in any of its {len(faces)} frames; wanted a face at least 60 "

@@ -72,7 +72,7 @@ class Parts:
         with self._disk_errors_named():
             self.folder.absolute().parent.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
-            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT)
+            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         if not _locked(self._lock):
             os.close(self._lock)
             raise MediaError(

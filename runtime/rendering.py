@@ -13,7 +13,7 @@ from diffusionact.runtime.motion import Motion
 from diffusionact.runtime.parts import Parts
 from diffusionact.runtime.reenactor import Reenactor
 from diffusionact.runtime.session import Session
-from diffusionact.runtime.timing import StopWatch
+from diffusionact.runtime.timing import StopWatch, Tally
 from diffusionact.runtime.writer import Writer
 
 
@@ -36,13 +36,13 @@ def render_motion(
     writer: Writer,
     parts: Parts | None = None,
     left: TimeLeft | None = None,
-) -> list[Mapping[str, int]]:
-    """Return the times of each frame that was rendered, all stages; every frame of the driver is
+) -> Tally:
+    """Return the times of the frames that were rendered, all stages; every frame of the driver is
     written, in order, each while the next is rendered.
 
     session: at its start; parts: the crops that are there already, and where new ones are kept.
     """
-    times: list[Mapping[str, int]] = []
+    tally = Tally()
 
     def write(made: _Made) -> None:
         watch = StopWatch()
@@ -52,13 +52,14 @@ def render_motion(
         writer.write(made.image_bgr, pts_ns, span_ns, made.landmarks)
         watch.lap("write")
         if made.times:
-            times.append({**motion.times[made.index], **made.times, **watch.times})
+            found = {stage: int(values[made.index]) for stage, values in motion.times.items()}
+            tally.add({**found, **made.times, **watch.times})
 
     frames = _landmarks(act, session, motion)
     if writer.wants_pictures:
         frames = _pictures(act, session, motion, parts.crops() if parts else iter(()))
     write_behind(_counted(frames, len(motion.track), left), write)
-    return times
+    return tally
 
 
 def _pictures(
