@@ -159,7 +159,9 @@ def test_a_fixed_shape_is_held_to(device: OnHost) -> None:
 
 def test_what_is_no_array_is_told_what_is_wanted(device: OnHost) -> None:
     for wrong in ("a path", [[1, 2]], 3):
-        with pytest.raises(MediaError, match="frame: not an array but .* Wanted a NumPy array, or an array"):
+        with pytest.raises(
+            MediaError, match="frame: not an array but .* Wanted a NumPy array, or an array"
+        ):
             host_array(wrong, "frame")
         with pytest.raises(MediaError, match="in a GPU's memory"):
             device_view(wrong, device, "frame", ANY)
