@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,15 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from diffusionact import portrait_paths
-from diffusionact.cli import main
 from diffusionact.errors import BackendMissing, MediaError, NoFace, SettingsError
 from diffusionact.landmarks import Landmarks, Track
 from diffusionact.runtime.camera import Camera as AnyCamera
 from diffusionact.runtime.camera import ClipCamera, open_camera
 from diffusionact.runtime.control import Goal
 from diffusionact.runtime.live import LiveReport, LiveSession, LiveSettings
-from diffusionact.runtime.media import FRAME_NS, NS, Frame, TrackReader, open_reader
+from diffusionact.runtime.media import FRAME_NS, Frame, TrackReader, open_reader
 from diffusionact.runtime.reenactor import Reenactor, Result, Settings
 from diffusionact.runtime.sinks import SeveralSinks, open_sink
 from diffusionact.runtime.source import Source
@@ -456,73 +450,3 @@ def test_of_several_people_one_is_followed(
     assert report.faces >= 1 and report.shown == len(results)
     if len(results) > 1:
         assert steps_px(results).max() < 2.0 * LARGEST_STEP_PX  # at 12.5 pictures a second
-
-
-# The command.
-
-
-def test_the_command_ends_with_one_line(
-    toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    portrait = portrait_paths()[0]
-    track = Path(__file__).parent / "golden" / "driver_nod.npz"
-    words = f"live -s {portrait} --camera {track} --realtime --loop --bundle {toy_bundle}".split()
-    words += ["--sink", str(tmp_path / "out.mp4"), "--json", "--seconds", "2", "--backend", "ort"]
-    begun_ns = time.monotonic_ns()
-    assert main(words) == 0
-    out, err = capsys.readouterr()
-    (line,) = out.splitlines()
-    seen = json.loads(line)
-    assert seen["faces_per_second"] > 5 and set(seen["latency_ms"]) == {"p50", "p95", "p99"}
-    assert {"track", "render", "show", "total"} <= set(seen["drops"])
-    assert {"read", "render", "show", "total"} <= set(seen["stages_ms"])
-    frames = list(open_reader(tmp_path / "out.mp4"))
-    assert len(frames) == seen["shown"] + 1
-    assert frames[-1].pts_ns < time.monotonic_ns() - begun_ns
-    assert frames[-1].pts_ns > 1.5 * NS
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_session_and_keeps_its_file(
-    toy_bundle: Path, tmp_path: Path, number: signal.Signals, status: int
-) -> None:
-    track = Path(__file__).parent / "golden" / "driver_nod.npz"
-    command = [sys.executable, "-m", "diffusionact.cli", "live", "-s", str(portrait_paths()[0])]
-    command += ["--camera", str(track), "--realtime", "--loop", "--bundle", str(toy_bundle)]
-    command += ["--backend", "ort", "--sink", str(tmp_path / "out.mp4"), "--json"]
-    live = subprocess.Popen(
-        command, cwd=Path(__file__).parents[1], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert live.stderr is not None
-    for line in live.stderr:
-        if "keys:" in line:  # it runs
-            break
-    time.sleep(0.5)
-    live.send_signal(number)
-    out, _ = live.communicate(timeout=30.0)
-    assert live.returncode == status
-    assert len(list(open_reader(tmp_path / "out.mp4"))) == json.loads(out)["shown"] + 1
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--camera", "77"], "camera 77 cannot be opened"),
-        (["--camera", "clip.mp4"], "no such file"),
-        (["--camera", "0", "--loop"], "for clips"),
-        (["--sink", "screen"], "wanted window"),
-        (["--latency", "100ms", "--fps", "20"], "one of them"),
-    ],
-)
-def test_what_cannot_be_is_refused(
-    toy_bundle: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    base = ["live", "-s", str(portrait_paths()[0]), "--bundle", str(toy_bundle), "--backend", "ort"]
-    if "--sink" not in words:
-        base += ["--sink", str(tmp_path / "out.mp4")]
-    assert main([*base, *words]) == 2
-    assert message in capsys.readouterr().err
-    assert list(tmp_path.glob("*.mp4")) == []
