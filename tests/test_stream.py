@@ -16,10 +16,11 @@ import pytest
 
 from diffusionact.errors import MediaError
 from diffusionact.landmarks import Landmarks, Track
+from diffusionact.runtime import stream as stream_module
 from diffusionact.runtime.media import Frame, TrackReader, open_reader
-from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.reenactor import Reenactor, Result
 from diffusionact.runtime.source import Source
-from diffusionact.runtime.stream import Slot, stream
+from diffusionact.runtime.stream import Pipeline, Slot, stream
 from diffusionact.runtime.writer import open_writer
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -172,3 +173,57 @@ def test_a_stream_that_fails_leaves_nothing_behind(
     with pytest.raises(MediaError, match="unplugged"):
         stream(act, source, Camera(face, 5, 0.002, fail=True), open_writer(tmp_path / "out.mp4"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slot_is_waited_for_no_longer_than_asked() -> None:
+    slot: Slot[int] = Slot(newest_wins=True)
+    begun = time.monotonic()
+    assert slot.get(0.05) is None
+    assert 0.05 <= time.monotonic() - begun < WAIT_S
+    assert not slot.ended  # the time was up, the hand-over goes on
+    slot.put(1)
+    slot.close()
+    assert not slot.ended and slot.get(0.05) == 1
+    assert slot.ended
+
+
+def test_a_camera_that_never_answers_does_not_hold_the_end_up(
+    act: Reenactor, source: Source, face: Landmarks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = threading.Event()
+
+    class Hanging(Camera):
+        def __iter__(self) -> Iterator[Frame]:
+            yield from super().__iter__()
+            answered.wait(WAIT_S)  # a driver's own call, which nothing interrupts
+
+    monkeypatch.setattr(stream_module, "END_S", 0.2)
+    pipeline = Pipeline(
+        Hanging(face, 3, 0.001), lambda frame: frame.landmarks,
+        lambda driver, pts_ns: act.reenact(driver, source, pts_ns),
+    )  # fmt: skip
+    begun = time.monotonic()
+    with pipeline:
+        assert pipeline.get(WAIT_S) is not None
+    assert time.monotonic() - begun < WAIT_S / 2
+    answered.set()
+
+
+def test_tracking_and_rendering_overlap(face: Landmarks, act: Reenactor, source: Source) -> None:
+    """Two stages of 20 ms each take little more than one of them, not both."""
+    rest = act.rest(source)
+
+    def find(frame: Frame) -> Landmarks | None:
+        time.sleep(0.02)
+        return frame.landmarks
+
+    def render(driver: Landmarks | None, pts_ns: int) -> Result:
+        time.sleep(0.02)
+        return rest
+
+    track = Track.load(GOLDEN / "driver_nod.npz")
+    begun = time.monotonic()
+    with Pipeline(TrackReader("track", track), find, render) as pipeline:
+        count = sum(1 for _ in pipeline)
+    assert count == len(track)
+    assert time.monotonic() - begun < 0.04 * count * 0.8
