@@ -37,7 +37,7 @@ def findings(bundle_dir: Path) -> Iterator[Finding]:
     yield Finding("bundle", True, _describe(bundle_dir, seen))
     yield from _exported(bundle_dir / PARITY_FILE)
     yield from engines.findings(bundle_dir, seen)
-    yield backends.default(bundle_dir, seen)
+    yield from backends.defaults(bundle_dir, seen)
     yield from backends.parity(bundle_dir, seen, tuple(ways))
 
 

@@ -18,7 +18,6 @@ from diffusionact import manifest as manifest_file
 from diffusionact.engine_files import EngineManifest, Parity
 from diffusionact.errors import BackendMissing
 from diffusionact.runtime import check, cuda
-from diffusionact.runtime.choice import Choice
 from diffusionact.runtime.component import BACKENDS
 from diffusionact.runtime.doctor import backends, engines, machine
 from diffusionact.runtime.doctor.finding import Finding, found
@@ -31,7 +30,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One backend, no face tracker, nothing measured, and no folder but the test's."""
     monkeypatch.setenv(engine_files.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(check, "_tracker", lambda: Finding("tracker", None, "not looked for"))
-    monkeypatch.setattr(backends, "choose", lambda *_, **__: Choice("ort", "fp32"))
+    monkeypatch.setattr(backends, "explain", lambda *_: "ort fp32: the fastest\n  of one")
     monkeypatch.setattr(backends, "BACKENDS", {"ort": BACKENDS["ort"]})
 
 
@@ -69,7 +68,8 @@ def test_a_good_bundle_passes(toy_bundle: Path, capsys: Capture) -> None:
     assert status == 0
     ways = ("backend ort", "bundle", "repeatability ort cpu fp32", "parity ort cpu fp32")
     assert all(seen[subject]["passed"] for subject in ways)
-    assert all(seen[name]["passed"] is None for name in ("numpy", "parity", "engines", "default"))
+    assert all(seen[name]["passed"] is None for name in ("numpy", "parity", "engines"))
+    assert seen["default on the CPU"]["detail"] == "ort fp32: the fastest; of one"
 
 
 @pytest.mark.parametrize("mean_error", [1e-5, 2e-4, "x"])

@@ -19,9 +19,10 @@ from diffusionact.image import bgr_to_rgb, to_tensor, warp_crop
 from diffusionact.landmarks import Track, crop_matrix
 from diffusionact.manifest import Manifest
 from diffusionact.runtime import cuda
-from diffusionact.runtime.choice import choose
+from diffusionact.runtime.choice import explain
 from diffusionact.runtime.component import BACKENDS, precisions
 from diffusionact.runtime.doctor.finding import Finding, found
+from diffusionact.runtime.gpu_choice import gpu_backend
 from diffusionact.runtime.loop import Float32Array, open_loop
 
 FRAMES = 3  # timed on each backend, after one that is not
@@ -81,15 +82,20 @@ def _problem(module: Any, device: str) -> str | None:
     return cuda.why_not() if device == "cuda" else None
 
 
-def default(bundle_dir: Path, manifest: Manifest) -> Finding:
-    """Return what "auto" runs this bundle on, and why."""
+def defaults(bundle_dir: Path, manifest: Manifest) -> Iterator[Finding]:
+    """Yield what "auto" runs this bundle on: on the GPU, if one answers, and on the CPU, and why."""
+    if cuda.why_not() is None:
+        try:
+            name = gpu_backend(bundle_dir, manifest, "auto", asked=True)
+            yield Finding("default on the GPU", None, str(name))
+        except DiffusionActError as error:
+            yield found("default on the GPU", None, error)
     try:
-        choice = choose(bundle_dir, manifest, device="cpu")
+        told = explain(bundle_dir, manifest)
     except DiffusionActError as error:
-        return found("default", False, error)
-    why = getattr(choice, "reason", "")
-    told = f"on the CPU: {choice.backend}, precision {choice.precision}"
-    return Finding("default", None, f"{told}; {why}" if why else told)
+        yield found("default on the CPU", False, error)
+        return
+    yield Finding("default on the CPU", None, "; ".join(s.strip() for s in told.splitlines()))
 
 
 def parity(bundle_dir: Path, manifest: Manifest, ways: tuple[Way, ...]) -> Iterator[Finding]:

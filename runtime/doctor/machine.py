@@ -11,7 +11,7 @@ from importlib.resources import files
 from diffusionact import __version__, trt_library
 from diffusionact.errors import BackendMissing, DeviceError
 from diffusionact.gpu import gpu_here
-from diffusionact.runtime import cuda
+from diffusionact.runtime import cuda, kernel_code
 from diffusionact.runtime.doctor.finding import Finding, found
 
 # library -> the extra that it comes with; "" for what is always installed.
@@ -93,7 +93,5 @@ def _tensorrt(with_driver: bool) -> Finding:
 
 
 def _kernels() -> Finding:
-    folder = files("diffusionact.runtime").joinpath("kernels")
-    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".fatbin"))
-    told = "not compiled at installation (no nvcc); NVRTC compiles them on a GPU's first use"
-    return Finding("kernels", None, ", ".join(names) or told)
+    usable, told = kernel_code.described()
+    return found("kernels", True if usable else None, told)
