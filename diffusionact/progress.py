@@ -35,6 +35,11 @@ class TimeLeft:
         self._clock = clock
         self._to_come_s: dict[str, float | None] = {}
 
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody is told."""
+        return self._report is not None
+
     def expect(self, stage: str, each_s: float | None) -> None:
         """Return nothing; the stage is still to come; each_s: of a unit, None where not known."""
         self._to_come_s[stage] = each_s

@@ -92,21 +92,15 @@ def run_clip(
         with _open_writer(act, source, reader, output, parts) as writer:
             motion = parts.motion if parts else None
             if motion is None:
-                left.expect("render", _probe_s(act, source, reader, writer, progress is not None))
+                left.expect("render", _probe_s(act, source, reader, writer, left))
                 motion = driver_motion(act, reader, left.stage("track", total=reader.length))
                 if parts:
                     parts.keep_motion(motion)
             session = act.session(source)
             session.start(motion.track)
             tally = render_motion(act, session, motion, writer, parts, left)
-    return ClipReport(
-        output,
-        len(motion.spans_ns),
-        motion.seen(),
-        parts.done if parts else 0,
-        time.monotonic() - begun_s,
-        tally.summary(),
-    )
+    done, spent_s = parts.done if parts else 0, time.monotonic() - begun_s
+    return ClipReport(output, len(motion.spans_ns), motion.seen(), done, spent_s, tally.summary())
 
 
 def prepare_portrait(act: Reenactor, portrait: PathLike, face: int | None = None) -> Source:
@@ -172,13 +166,13 @@ def _open_writer(
 
 
 def _probe_s(
-    act: Reenactor, source: Source, reader: Reader, writer: Writer, wanted: bool
+    act: Reenactor, source: Source, reader: Reader, writer: Writer, left: TimeLeft
 ) -> float | None:
     """The seconds that a frame of the second pass takes: some are rendered, where a clip is long
     enough to be worth it; None where not known."""
     if not writer.wants_pictures:
         return 0.0
-    if not wanted or (reader.length or 0) < PROBED_FROM:
+    if not left.wanted or (reader.length or 0) < PROBED_FROM:
         return None
     first_s = _rest_s(act, source)
     if first_s > WARM_UP_S:
