@@ -92,7 +92,9 @@ def probe(index: int = 0) -> Gpu:
     except DeviceError:
         raise
     except Exception as error:  # the loader's own classes: no driver, or one too old
-        raise DeviceError(f"no NVIDIA driver here ({error}); {_WITHOUT}") from error
+        absent = type(error).__name__ == "DynamicLibNotFoundError"
+        told = "libcuda is not found" if absent else error
+        raise DeviceError(f"no NVIDIA driver here ({told}); {_WITHOUT}") from error
     return Gpu(name, f"sm_{major}{minor}", _driver_major())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from diffusionact.engine_files import cache_root
 from diffusionact.errors import BackendMissing, DeviceError
 from diffusionact.files import write_whole
+from diffusionact.runtime.device import KERNELS
 
 FOLDER = Path(__file__).parent / "kernels"
 INSTALL = "pip install 'diffusionact[cuda]'"
@@ -43,6 +44,17 @@ def kernel_image(file: str, target: str) -> Iterator[bytes]:
     except OSError as error:
         _log.debug("%s: not kept (%s), compiled again next time", path, error.strerror)
     yield image
+
+
+def described() -> tuple[bool, str]:
+    """Return whether the kernels' code can be had on this machine, and from where."""
+    files = sorted({*KERNELS.values()})
+    if all((FOLDER / f"{file}.fatbin").is_file() for file in files):
+        return True, "compiled with the installation"
+    try:
+        return True, f"NVRTC {nvrtc_version()} compiles them on a GPU's first use"
+    except BackendMissing as error:
+        return False, str(error)
 
 
 def cached_path(file: str, source: bytes, target: str) -> Path:

@@ -203,6 +203,18 @@ def test_a_fatbin_of_the_installation_comes_first(
     assert next(images)[:4] == b"\x7fELF", "and where the GPU refuses it, the source is compiled"
 
 
+def test_where_the_kernels_come_from_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_code, "FOLDER", tmp_path)
+    (tmp_path / "steps.fatbin").write_bytes(b"")
+    usable, told = kernel_code.described()
+    assert usable and told.startswith("NVRTC 1"), "one of three is not all"
+    for source in KERNELS:
+        (tmp_path / f"{source.stem}.fatbin").write_bytes(b"")
+    assert kernel_code.described() == (True, "compiled with the installation")
+
+
 def test_a_gpu_newer_than_nvrtc_gets_ptx_and_an_older_one_an_error() -> None:
     source = (ROOT / "runtime" / "kernels" / "steps.cu").read_bytes()
     assert b".target sm_" in kernel_code.compiled("steps", source, "sm_990")

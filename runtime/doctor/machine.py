@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 
 from diffusionact import __version__, trt_library
 from diffusionact.errors import BackendMissing, DeviceError
