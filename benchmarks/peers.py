@@ -44,6 +44,8 @@ RESERVE = 1.3  # of what whole frames are expected to take
 BASELINE, DEFAULT = "published loop", "ours"
 NETWORKS_SHARE = 0.9  # of the baseline's time must be inside the networks
 
+NETWORKS = {"full": "ffhq256, 256 px", "small": "a small network of the same make, 64 px"}
+
 Picture = NDArray[np.float32]
 
 
@@ -88,10 +90,13 @@ def measure(peers: Sequence[peer_kinds.Peer], folder: Path, deadline_s: float) -
             rival.ask("piece", peer_kinds.PIECE)  # warm-up: first calls plan and allocate
         _take_turns(rows, rivals, deadline_s)
         for row, rival in zip(rows, rivals, strict=True):
-            seconds, row.picture = rival.ask("frame", STEPS)
-            row.frames_s.append(seconds)
+            if time.monotonic() + RESERVE * row.frame_s < deadline_s:
+                seconds, row.picture = rival.ask("frame", STEPS)
+                row.frames_s.append(seconds)
+                _tell(f"{row.peer.name}: {seconds:.1f} s a frame")
+            else:
+                _tell(f"{row.peer.name}: no time for a whole frame")
             row.facts = {**rival.ask("facts"), "first_load_s": colds.get(row.peer.name, row.load_s)}
-            _tell(f"{row.peer.name}: {seconds:.1f} s a frame")
     return rows
 
 
@@ -109,14 +114,14 @@ def _take_turns(rows: Sequence[Row], rivals: Sequence[Contestant], deadline_s: f
             return
 
 
-def summary(rows: Sequence[Row], choice: str) -> dict[str, Any]:
-    """All figures, ready for JSON."""
+def summary(rows: Sequence[Row], choice: str, network: str) -> dict[str, Any]:
+    """All figures, ready for JSON. choice: what our default is; network: in words."""
     base = next(row for row in rows if row.peer.name == BASELINE)
     told = [_told(row, base) for row in rows]
     ours = next(one for one in told if one["name"] == DEFAULT)
     return {
         "kind": "diffusionact peers",
-        "network": f"ffhq256, weights made by a rule, {STEPS} steps, one frame at a time",
+        "network": f"{network}, weights made by a rule, {STEPS} steps, one frame at a time",
         "default": choice,
         "ratio_default_to_published": ours["ratio"],
         "ratio_default_to_published_95": ours["ratio_95"],
@@ -169,8 +174,9 @@ def table(figures: Mapping[str, Any]) -> str:
     for row in figures["rows"]:
         low, high = row["ratio_95"]
         peak = row["peak_mib"]
+        whole = f"{row['frame_measured_s'][0]:.1f}" if row["frame_measured_s"] else "-"
         lines.append(
-            f"{row['name']:<26}{row['frame_s']:>10.2f}{row['frame_measured_s'][0]:>8.1f}"
+            f"{row['name']:<26}{row['frame_s']:>10.2f}{whole:>8}"
             f"{row['ratio']:>7.2f}  {f'{low:.2f} to {high:.2f}':<14}"
             f"{peak:>6.0f}{row['load_s']:>8.1f}"
         )
@@ -180,13 +186,13 @@ def table(figures: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _networks(folder: Path | None) -> Iterator[Path]:
+def _networks(folder: Path | None, size: str) -> Iterator[Path]:
     """A folder with the networks, made where they are not there; without a name, for this run."""
     with tempfile.TemporaryDirectory(prefix="peers-") as temporary:
         chosen = folder or Path(temporary)
         chosen.mkdir(parents=True, exist_ok=True)
         begun_s = time.monotonic()
-        with Contestant(peer_kinds.Maker, chosen) as maker:  # its memory is given back
+        with Contestant(peer_kinds.Maker, chosen, size) as maker:  # its memory is given back
             if maker.ask("make"):
                 _tell(f"networks made in {time.monotonic() - begun_s:.0f} s")
         yield chosen
@@ -196,18 +202,19 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """0, or 1 when the baseline is no baseline."""
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add: Callable[..., Any] = parser.add_argument
     add("--folder", type=Path, help="of the networks, kept; otherwise a temporary one, 2 GB")
+    add("--network", choices=("full", "small"), default="full", help="small: a trial in a minute")
     add("--compile", action="store_true", help="torch.compile too: minutes, and 2 GB more")
     add("--threads", type=int, default=machine.cores())
     add("--minutes", type=float, default=MINUTES, help="fewer rounds where they do not fit")
     add("--json", action="store_true", help="one line of JSON at the end instead of the table")
     add("--out", type=Path, help="write the figures to this file")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     begun_s = time.monotonic()
     circumstances = {
         "date": machine.now(),
@@ -221,10 +228,14 @@ def main() -> int:
     shipped = manifest_file.read(bundle_path())
     chosen = choose(bundle_path(), shipped, threads=given.threads)
     peers = peer_kinds.peers(chosen, given.threads, given.compile)
-    with _networks(given.folder) as folder:
+    with _networks(given.folder, given.network) as folder:
         rows = measure(peers, folder, begun_s + given.minutes * 60)
     choice = f"{chosen.backend} {chosen.precision}"
-    figures = {**summary(rows, choice), **circumstances, "seconds": time.monotonic() - begun_s}
+    figures = {
+        **summary(rows, choice, NETWORKS[given.network]),
+        **circumstances,
+        "seconds": round(time.monotonic() - begun_s),
+    }
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

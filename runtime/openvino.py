@@ -110,32 +110,31 @@ class OpenvinoComponent:
 
 
 class _ProfiledComponent(OpenvinoComponent):
-    """The same, which notes what its layers took while a trace is recorded."""
+    """The same, which knows what its layers took while a trace is recorded."""
 
     def __init__(
         self,
         model: _Compiled,
         inputs: Mapping[str, TensorSpec],
         outputs: Mapping[str, TensorSpec],
-        deep: Array | None = None,
     ) -> None:
-        super().__init__(model, inputs, outputs, deep)
-        self._noted: list[list[Layer]] = []
+        super().__init__(model, inputs, outputs)
+        self._calls = 0
 
-    def note(self) -> None:
-        """Return nothing; the layers of the call that has ended are kept."""
-        begun_us, layers = 0, []
-        for node in self._request.get_profiling_info():  # durations alone, in their order
-            spent_us = round(node.real_time.total_seconds() * 1e6)
-            if spent_us:
-                kind = f"{node.node_type} {node.exec_type}"
-                layers.append(Layer(node.node_name, kind, begun_us * 1000, spent_us * 1000))
-            begun_us += spent_us
-        self._noted.append(layers)
+    def run(self) -> None:
+        super().run()
+        self._calls += 1
 
     def layers(self) -> list[list[Layer]]:
-        """Return the layers of every call, one behind the other."""
-        return self._noted
+        """Return the layers of every call, one behind the other: the profiler tells no more than
+        the average duration of each over all calls, and their order."""
+        begun_ns, layers = 0, []
+        for node in self._request.get_profiling_info() if self._calls else ():
+            spent_ns = round(node.real_time.total_seconds() * 1e9)
+            kind = f"{node.node_type} {node.exec_type}"
+            layers.append(Layer(node.node_name, kind, begun_ns, spent_ns, averaged=True))
+            begun_ns += spent_ns
+        return [layers] * self._calls
 
 
 def open_model(

@@ -31,20 +31,19 @@ OVERLAP_US = 0.5  # that rounding may leave between neighbours
 
 
 class Layer(NamedTuple):
-    """One operator of one call. begun_ns: since the call began; kind: such as "Conv"."""
+    """One operator of one call. begun_ns: since the call began; kind: such as "Conv"; averaged:
+    the duration is the mean over all calls, the profiler tells no other."""
 
     name: str
     kind: str
     begun_ns: int
     spent_ns: int
+    averaged: bool = False
 
 
 @runtime_checkable
 class Profiled(Protocol):
-    """What a component may have beside its four members while a Recorder records.
-
-    Where it has `note()` too, this is called after every call, outside of its time.
-    """
+    """What a component may have beside its four members while a Recorder records."""
 
     def layers(self) -> Sequence[Sequence[Layer]]:
         """Return the layers of every call so far, in order; no call may follow."""
@@ -162,7 +161,6 @@ class _Watched:
     def __init__(self, calls: _Calls) -> None:
         self._calls = calls
         self._run, self._spans = calls.component.run, calls.spans
-        self._note = getattr(calls.component, "note", lambda: None)
         self._mark = _nvtx_range()
 
     def __getattr__(self, name: str) -> Any:  # inputs, outputs, bind and what a backend adds
@@ -174,7 +172,6 @@ class _Watched:
             self._run()
         spent_ns = time.monotonic_ns() - begun_ns
         self._spans.append((begun_ns, spent_ns, threading.get_ident()))
-        self._note()
 
 
 def _nvtx_range() -> Any:
@@ -196,12 +193,19 @@ def _call_spans(calls: _Calls) -> Iterator[Span]:
         )
     for i, (begun_ns, spent_ns, thread) in enumerate(calls.spans):
         yield Span(calls.name, "call", begun_ns, spent_ns, thread)
-        for layer in runs[i] if profiled else ():
-            # The profiler's clock ticks in microseconds: what it rounded past the end is cut.
-            begin = min(max(layer.begun_ns, 0), spent_ns)
-            spent = min(layer.spent_ns, spent_ns - begin)
-            about = {"kind": layer.kind}
-            yield Span(layer.name, "layer", begun_ns + begin, spent, thread, about)
+        yield from _fitted(runs[i] if profiled else (), begun_ns, spent_ns, thread)
+
+
+def _fitted(layers: Sequence[Layer], begun_ns: int, spent_ns: int, thread: int) -> Iterator[Span]:
+    """The layers of a call as spans inside of it; those that together outlast it, as averages may
+    and coarse clocks make them, are shortened alike."""
+    end_ns = max((layer.begun_ns + layer.spent_ns for layer in layers), default=0)
+    share = min(1.0, spent_ns / end_ns) if end_ns else 1.0
+    for layer in layers:
+        begin, end = (int(at * share) for at in (layer.begun_ns, layer.begun_ns + layer.spent_ns))
+        if end > begin:
+            about = {"kind": layer.kind, **({"averaged": True} if layer.averaged else {})}
+            yield Span(layer.name, "layer", begun_ns + begin, end - begin, thread, about)
 
 
 def events(spans: Iterable[Span]) -> Iterator[Event]:

@@ -131,7 +131,7 @@ def test_times_without_a_beginning_have_no_place() -> None:
 
 
 class Slow:
-    """A component that takes its time, with layers that a coarse clock rounded past its end."""
+    """A component that takes its time, with layers that outlast it."""
 
     inputs: dict[str, Any] = {"x": 1}
 
@@ -149,8 +149,10 @@ def test_layers_end_with_their_call() -> None:
     watched.run()
     call, first, second = recorder.spans()
     assert (call.category, first.name, second.name) == ("call", "a", "b")
-    assert call.spent_ns >= 2_000_000 and first.spent_ns == 1_000_000
+    assert call.spent_ns >= 2_000_000 and first.begun_ns == call.begun_ns
+    assert second.begun_ns == first.begun_ns + first.spent_ns
     assert second.begun_ns + second.spent_ns == call.begun_ns + call.spent_ns
+    assert second.spent_ns / first.spent_ns == pytest.approx(1000, rel=0.01), "shortened alike"
     assert trace.faults({"traceEvents": list(trace.events([call, first, second]))}) == []
 
 
