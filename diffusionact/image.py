@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TypeAlias
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -70,6 +69,8 @@ def check_image(image: UInt8Array, what: str) -> None:
 
 def resize_area(image: UInt8Array, width: int, height: int) -> UInt8Array:
     """Return the picture at width x height px: averaged when it shrinks, bilinear when it grows."""
+    import cv2  # only who resizes needs it: tensors are made where there is none
+
     shrinks = width <= image.shape[1] and height <= image.shape[0]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(image, (width, height), interpolation=method), np.uint8)
@@ -83,6 +84,8 @@ def warp_crop(image: UInt8Array, matrix: FloatArray, side: int) -> UInt8Array:
     """
     scale = math.hypot(matrix[0, 0], matrix[1, 0])
     factor = min(max(math.ceil(1.0 / scale - 1e-6), 1), MAX_SUPERSAMPLING)
+    import cv2  # as above
+
     fine = np.asarray(matrix, np.float64) * factor
     fine[:, 2] += (factor - 1) / 2.0
     size = side * factor
