@@ -78,9 +78,13 @@ class Parts:
             raise MediaError(
                 f"{output}: another run is writing it; wait for its end, or name another with -o"
             )
-        with self._disk_errors_named():
-            self._begin({"format of parts": str(FORMAT), **recipe})
-            self._journal: Journal | None = Journal(self.folder / CROPS)
+        try:
+            with self._disk_errors_named():
+                self._begin({"format of parts": str(FORMAT), **recipe})
+                self._journal: Journal | None = Journal(self.folder / CROPS)
+        except BaseException:
+            self._let_go(keep=self.source is not None)
+            raise
         self.resumed = self.motion is not None
         self.done = self._journal.count
         self._say()
@@ -131,11 +135,15 @@ class Parts:
                 "in %s, which can be removed",
                 self.output, kept, len(self.motion.spans_ns), self.folder,
             )  # fmt: skip
-            self._remove_all_but(LOCK, RECIPE, *KEPT)
-            os.close(self._lock)
+            self._let_go(keep=True)
         else:
-            self._remove_all_but(LOCK)
-            os.close(self._lock)
+            self._let_go(keep=False)
+
+    def _let_go(self, keep: bool) -> None:
+        """Give the folder back: with what a later run can use, or not at all."""
+        self._remove_all_but(LOCK, *((RECIPE, *KEPT) if keep else ()))
+        os.close(self._lock)
+        if not keep:
             with contextlib.suppress(OSError):  # the next run may hold it already
                 (self.folder / LOCK).unlink()
                 self.folder.rmdir()

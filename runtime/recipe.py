@@ -15,12 +15,13 @@ from diffusionact.runtime.media import FolderReader, Reader, VideoReader
 from diffusionact.runtime.reenactor import Reenactor
 
 CONTENTS = ("portrait", "driver", "bundle")  # known by a hash that says nothing to a reader
+OF_ONE_BACKEND = {"onnxruntime": "ort", "openvino": "openvino", "torch": "torch"}
 DEFAULT = "None"
 
 
 def recipe_of(act: Reenactor, portrait: Path, reader: Reader, face: int | None) -> dict[str, str]:
     """Return what the frames are made from: contents of the inputs and of the bundle, settings,
-    and versions. Raises: MediaError when an input cannot be read."""
+    and versions of the libraries at work. Raises: MediaError when an input cannot be read."""
     made = {
         "portrait": _content([portrait]),
         "driver": _content(_files(reader)),
@@ -28,7 +29,9 @@ def recipe_of(act: Reenactor, portrait: Path, reader: Reader, face: int | None) 
         "face": str(face),
     }
     made |= {name: str(value) for name, value in asdict(act.settings).items()}
-    made |= {f"version of {name}": number for name, number in versions().items()}
+    for name, number in versions().items():
+        if OF_ONE_BACKEND.get(name, act.settings.backend) == act.settings.backend:
+            made[f"version of {name}"] = number
     return made
 
 

@@ -15,8 +15,9 @@ from diffusionact.landmarks import Landmarks
 from diffusionact.runtime.journal import Journal
 from diffusionact.runtime.media import open_reader
 from diffusionact.runtime.motion import Motion
+from diffusionact.runtime.parts import Parts
 from diffusionact.runtime.recipe import differences, recipe_of
-from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.reenactor import Reenactor, Settings
 from diffusionact.runtime.writer import make_track
 from tests.clips import folder_of
 
@@ -45,6 +46,28 @@ def test_the_recipe_of_a_folder_holds_every_picture(toy_bundle: Path, tmp_path: 
             cv2.imwrite(str(folder / "002.png"), np.full((40, 40, 3), 77, np.uint8))
             seen.add(recipe_of(act, folder / "000.png", open_reader(folder), None)["driver"])
     assert len(seen) == 2
+
+
+def test_libraries_that_do_nothing_are_no_part_of_a_recipe(
+    toy_bundle: Path, tmp_path: Path
+) -> None:
+    reader = open_reader(folder_of(tmp_path / "driver", 1))
+    with Reenactor.load(toy_bundle, settings=Settings(backend="ort")) as act:
+        made = recipe_of(act, tmp_path / "driver" / "000.png", reader, None)
+    assert {"version of diffusionact", "version of av", "version of onnxruntime"} <= made.keys()
+    assert {"version of openvino", "version of torch"}.isdisjoint(made)
+
+
+def test_parts_that_cannot_begin_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffusionact.runtime.parts.write_whole", full)
+    with pytest.raises(MediaError, match=r"out.mp4: cannot be written \(No space left"):
+        Parts(tmp_path / "out.mp4", {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_motion_round_trips(tmp_path: Path, face: Landmarks) -> None:
