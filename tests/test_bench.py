@@ -119,6 +119,27 @@ def test_the_figures_are_those_of_a_stopwatch_around_the_work(task: rig.Task) ->
     assert np.median(slowed.times["render"]) < 19
 
 
+def test_frames_at_once_are_frames_of_reenactors_at_work_together(task: rig.Task) -> None:
+    mine = rig.Rig(task, rig.Variant("ort", "fp32", 2, 1, batch=2))
+    assert mine.start(mine.look())["ran"]["batch"] == 2
+    for act in mine._acts:
+        session = act._session
+        assert session is not None
+        target = session.target
+
+        def slow(*arguments: Any, target: Any = target) -> Any:
+            time.sleep(0.05)
+            return target(*arguments)
+
+        session.target = slow  # type: ignore[method-assign]
+    done = mine.round(5)
+    frames = [sum(parts) for parts in zip(*done.times.values(), strict=True)]
+    assert len(frames) == 6, "whole turns of two"
+    assert min(frames) >= 50 and done.wall_s * 1e3 < 0.8 * sum(frames), "they sleep together"
+    with pytest.raises(SettingsError, match="batch=0"):
+        rig.Rig(task, rig.Variant(batch=0))
+
+
 def test_each_variant_has_the_memory_of_a_process_of_its_own(made: list[rig.Record]) -> None:
     mine = peak_memory_mib()
     for record in made:
