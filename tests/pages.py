@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from aiohttp.test_utils import TestServer
 
 from diffusionact.assets import driver_path
+from diffusionact.errors import NoFace
 from diffusionact.landmarks import Landmarks, Track, sidecar_path
 from diffusionact.runtime.reenactor import Reenactor
 from diffusionact.runtime.web import messages
@@ -24,6 +26,9 @@ from diffusionact.runtime.web.studio import Studio
 
 UInt8Array = npt.NDArray[np.uint8]
 PATIENCE_S = 30.0
+FRAME_US = 40_000
+TRACK = Track.load(sidecar_path(driver_path()))  # the shipped driver's motion
+SIDE = float(max(TRACK.size))
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,55 @@ async def serving(
         await room.close()
 
 
-def shipped_track() -> Track:
-    """The shipped driver's motion."""
-    return Track.load(sidecar_path(driver_path()))
+class FakeTracker:
+    """Knows one face in any portrait, or as many as it is told, and a driver by its brightness."""
+
+    def __init__(self, faces: list[Landmarks]) -> None:
+        self.faces, self.closed = faces, False
+
+    def detect(self, image_bgr: UInt8Array) -> list[Landmarks]:
+        return self.faces
+
+    def track(self, image_bgr: UInt8Array) -> Landmarks:
+        number = round(float(image_bgr.mean()))
+        if number == 0:
+            raise NoFace("black")
+        face = TRACK[number]
+        assert face is not None
+        return face
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def visit(
+    act: Reenactor,
+    use: Callable[[Browser], Awaitable[None]],
+    site: Site | None = None,
+    **studio: Any,
+) -> None:
+    """Run one story against a server of its own."""
+
+    async def story() -> None:
+        async with serving(act, site or Site(), **studio) as browser:
+            await use(browser)
+
+    asyncio.run(story())
+
+
+async def drive(page: Page, frames: range) -> list[Picture]:
+    return [await page.drive(TRACK[i], SIDE, i, i * FRAME_US) for i in frames]
+
+
+def png(image: UInt8Array) -> bytes:
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+def grey_frame(number: int, at_us: int) -> bytes:
+    jpeg = cv2.imencode(".jpg", np.full((48, 64, 3), number, np.uint8))[1].tobytes()
+    return messages.frame_message(jpeg, number, at_us)
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """The first bytes of a PNG that says it is so large."""
+    return png(np.zeros((32, 32, 3), np.uint8))[:16] + struct.pack(">II", width, height) + b"x" * 99

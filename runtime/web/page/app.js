@@ -5,7 +5,7 @@ import { Chooser } from "./chooser.js";
 import { Connection } from "./connection.js";
 import { Meter } from "./meter.js";
 import { Recorder } from "./recorder.js";
-import { drawPoints, showReport, showTracking } from "./readout.js";
+import { drawSent, showReport, showTracking } from "./readout.js";
 import { portraitMessage } from "./wire.js";
 
 const SLOW_TRACKING = 10;  // faces a second, below which pictures are suggested
@@ -277,7 +277,7 @@ function judgeTracking() {
 camera.addEventListener("send", ({ detail: sent }) => {
   flying.set(sent.frame, sent);
   connection.send(sent.bytes);
-  drawPoints(sent);
+  drawSent(sent, site.mesh.units);
 });
 camera.addEventListener("tracked", ({ detail }) => meter.tracked(detail.spent));
 camera.addEventListener("fault", ({ detail }) => {

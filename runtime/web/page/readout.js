@@ -6,7 +6,6 @@ const NAMES = { capture: "Camera", track: "Find face", up: "Up", wait: "Queue", 
   down: "Down", show: "Show" };
 const $ = (id) => document.getElementById(id);
 const sent = $("sent");
-const UNITS = 16384;
 
 const rows = new Map(STAGES.map((stage) => [stage, makeRow(stage)]));
 const total = makeRow("total");
@@ -46,8 +45,8 @@ export function showTracking(rate) {
   $("tracking").textContent = rate === null ? "–" : rate.toFixed(1);
 }
 
-/** Draw what was sent: 70 points, or the camera picture. */
-export function drawPoints({ bytes, points, picture }) {
+/** Draw what was sent: 70 points, `units` to the longer side, or the camera picture. */
+export function drawSent({ bytes, points, picture }, units) {
   const paper = sent.getContext("2d");
   $("sent-text").textContent = `${bytes.length.toLocaleString("en")} bytes a frame`;
   if (picture) {
@@ -59,7 +58,7 @@ export function drawPoints({ bytes, points, picture }) {
   paper.fillStyle = getComputedStyle(sent).color;
   for (const [x, y] of points ?? []) {
     paper.beginPath();
-    paper.arc((x / UNITS) * 320, (y / UNITS) * 320, 1.8, 0, 7);
+    paper.arc((x / units) * 320, (y / units) * 320, 1.8, 0, 7);
     paper.fill();
   }
 }

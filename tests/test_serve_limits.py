@@ -1,0 +1,375 @@
+"""The server of the page: what it refuses, what it limits, and the parts that do so."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+
+from diffusionact.errors import SettingsError
+from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.web import messages
+from diffusionact.runtime.web.guard import Bucket, Guard
+from diffusionact.runtime.web.pace import EARLY_MS, Pace
+from diffusionact.runtime.web.server import Site
+from diffusionact.runtime.web.visitor import Close, Limits
+from tests.pages import (
+    FRAME_US,
+    SIDE,
+    TRACK,
+    Browser,
+    FakeTracker,
+    Page,
+    drive,
+    grey_frame,
+    png_of_size,
+    visit,
+)
+
+ABNORMAL = aiohttp.WSCloseCode.ABNORMAL_CLOSURE
+TOKEN = "a-token-of-more-than-sixteen"
+
+
+@pytest.fixture(scope="module")
+def act(toy_bundle: Path) -> Iterator[Reenactor]:
+    settings = Settings(threads=1, backend="ort")
+    with Reenactor.load(toy_bundle, settings=settings, tracker=FakeTracker([])) as act:
+        yield act
+
+
+# ---- what is not allowed ----
+
+
+def head(kind: int, flags: int = 0, zero: int = 0, frame: int = 1, at_us: int = 1) -> bytes:
+    return messages.HEAD.pack(kind, flags, zero, frame, at_us)
+
+
+MALFORMED: dict[str, bytes | str] = {
+    "empty": b"",
+    "short": b"\x01\x00\x00",
+    "unknown kind": head(9) + bytes(420),
+    "the server's kind": head(17),
+    "unknown flags": head(1, flags=2),
+    "points that are too few": head(1, flags=1) + bytes(418),
+    "points of nobody": head(1, flags=0) + bytes(420),
+    "another transport": head(2) + b"\xff\xd8\xff",
+    "an empty frame": head(2),
+    "no json": "{",
+    "a list": "[]",
+    "no verb": '{"portrait": "ada"}',
+    "an unknown verb": '{"do": "dance"}',
+    "an unknown portrait": '{"do": "begin", "portrait": "../ada", "transport": "landmarks"}',
+    "an unknown transport": '{"do": "begin", "portrait": "ada", "transport": "pigeons"}',
+    "a face that is no number": '{"do": "begin", "portrait": "own", "face": "1", '
+    '"transport": "landmarks"}',
+    "nested": "[" * 1000,
+    "a long command": '{"do": "' + "x" * 2000 + '"}',
+}
+
+
+def test_a_malformed_message_ends_its_session_and_no_other(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        async with browser.page() as bystander:
+            await bystander.begin("bruno")
+            for i, (name, message) in enumerate(MALFORMED.items(), start=1):
+                async with browser.page() as page:
+                    await page.begin()
+                    if isinstance(message, bytes):
+                        await page.socket.send_bytes(message)
+                    else:
+                        await page.socket.send_str(message)
+                    assert await page.closed() == Close.MALFORMED, name
+                assert (await bystander.drive(TRACK[i], SIDE, i, i * FRAME_US)).frame == i
+
+    visit(act, use)
+
+
+def test_times_must_rise_and_frames_be_asked_for(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        async with browser.page() as page:
+            await page.begin()
+            await page.drive(TRACK[1], SIDE, 1, 5000)
+            await page.socket.send_bytes(messages.landmarks_message(TRACK[2], SIDE, 2, 5000))
+            assert await page.closed() == Close.MALFORMED
+        async with browser.page() as page:
+            await page.begin()
+            for i in (1, 2):
+                await page.socket.send_bytes(messages.landmarks_message(TRACK[i], SIDE, i, i))
+            assert await page.closed() == Close.TOO_FAST
+
+    visit(act, use)
+
+
+def test_oversized_messages_and_too_many_commands_end_a_session(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        async with browser.page() as page:
+            with contextlib.suppress(ConnectionError):  # it is cut off before all of it is sent
+                await page.socket.send_bytes(bytes(messages.MAX_MESSAGE_BYTES + 1))
+            assert await page.closed() in (aiohttp.WSCloseCode.MESSAGE_TOO_BIG, ABNORMAL)
+        async with browser.page() as page:
+            for _ in range(30):
+                await page.say(do="recalibrate")
+            assert await page.closed() == Close.TOO_FAST
+        async with browser.page() as page:  # a frame that is a bomb, in the midst of a session
+            await page.begin(transport="frames")
+            bomb = png_of_size(50_000, 50_000)
+            await page.socket.send_bytes(messages.frame_message(bomb, 1, 1))
+            assert await page.closed() == Close.MALFORMED
+
+    visit(act, use, new_tracker=lambda: FakeTracker([]))
+
+
+def test_any_points_at_all_leave_the_server_standing(act: Reenactor) -> None:
+    rng = np.random.default_rng(5)
+
+    async def use(browser: Browser) -> None:
+        async with browser.page() as page:
+            await page.begin()
+            for i in range(1, 120):
+                body = rng.integers(-32768, 32768, 210).astype("<i2")
+                body[:: i % 5 + 1] //= 3 ** (i % 9)
+                at_us = i * FRAME_US if i < 100 else 2**63 + i * 10**12
+                await page.socket.send_bytes(head(1, 1, frame=i, at_us=at_us) + body.tobytes())
+                picture = await page.picture()
+                assert picture.frame == i and picture.image.std() > 1.0
+
+    visit(act, use)
+
+
+def test_a_server_that_is_full_says_so_until_a_seat_is_free(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        async with browser.page() as first:
+            await first.begin()
+            async with browser.page() as second:
+                assert await second.closed() == Close.FULL
+            await first.drive(TRACK[1], SIDE, 1, 1)
+        await asyncio.sleep(0.05)
+        async with browser.page() as third:
+            await third.begin()
+
+    visit(act, use, Site(sessions=1))
+
+
+def test_an_idle_session_gives_up_its_seat(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        async with browser.page() as quiet:
+            await quiet.begin()
+            assert await quiet.closed() == Close.IDLE
+        async with browser.page() as faceless:  # busy, but nobody is there
+            await faceless.begin()
+            with pytest.raises(ConnectionError):
+                for i in range(1, 10_000):
+                    await faceless.drive(None, SIDE, i, i * FRAME_US)
+            assert faceless.socket.close_code == Close.IDLE
+        async with browser.page() as busy:
+            await busy.begin()
+            started = asyncio.get_running_loop().time()
+            i = 0
+            while asyncio.get_running_loop().time() - started < 1.2:
+                i += 1
+                await busy.drive(TRACK[i % 100], SIDE, i, i * FRAME_US)
+
+    visit(act, use, Site(limits=Limits(idle_s=0.6)))
+
+
+def test_a_token_is_wanted_where_there_is_one(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        for wrong in (None, "a-token-of-more-than-sixteeN", TOKEN[:-1]):
+            async with browser.page(token=wrong) as page:
+                assert await page.closed() == Close.TOKEN
+        async with browser.page(token=TOKEN) as page:
+            assert page.socket.protocol == "diffusionact"  # the token is not sent back
+            await page.begin()
+        async with browser.page(Authorization=f"Bearer {TOKEN}") as page:
+            await page.begin()
+        about = await (await browser.http.get(browser.server.make_url("/api/site"))).text()
+        assert '"token": true' in about and TOKEN not in about
+
+    visit(act, use, Site(token=TOKEN))
+
+
+def test_other_hosts_and_other_sites_are_refused(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        async def status(path: str, **headers: str) -> int:
+            url = browser.server.make_url(path)
+            async with browser.http.get(url, headers=headers) as answer:
+                return answer.status
+
+        port = browser.server.port
+        assert await status("/", Host=f"localhost:{port}") == 200
+        assert await status("/", Host=f"[::1]:{port}") == 200
+        assert await status("/", Host=f"192.168.7.5:{port}") == 200
+        for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", ""):
+            assert await status("/", Host=host) == 421, host
+        assert await status("/", Host="studio.lan") == 200
+        here = f"http://127.0.0.1:{port}"
+        assert await status("/", Origin=here) == 200
+        for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
+            assert await status("/", Origin=origin) == 403, origin
+            with pytest.raises(aiohttp.WSServerHandshakeError):
+                async with browser.page(Origin=origin):
+                    pass
+        async with browser.page(Origin=here) as page:
+            await page.begin()
+
+    visit(act, use, Site(names=("studio.lan",)))
+
+
+def test_files_come_with_a_policy_and_none_but_the_pages_own(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        for path in ("/", "/page/app.js", "/page/style.css", "/portraits/ada.png", "/nothing"):
+            async with browser.http.get(browser.server.make_url(path)) as answer:
+                policy = answer.headers["Content-Security-Policy"]
+                assert "default-src 'none'" in policy and "unsafe-inline" not in policy
+                assert answer.headers["X-Content-Type-Options"] == "nosniff"
+                assert (answer.status == 200) is (path != "/nothing"), path
+        for path in ("/page/..%2fserver.py", "/page/../server.py", "/portraits/..%2fface68.npz",
+                     "/portraits/ada.landmarks.npz", "/tracker/package.json"):  # fmt: skip
+            raw = aiohttp.client.URL(f"{browser.server.make_url('/')}"[:-1] + path, encoded=True)
+            async with browser.http.get(raw) as answer:
+                assert answer.status == 404, path
+
+    visit(act, use)
+
+
+def test_nothing_of_a_user_is_written_or_logged(
+    act: Reenactor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    marker = "my-secret-name"
+
+    async def use(browser: Browser) -> None:
+        async with browser.page() as page:
+            await page.socket.send_bytes(messages.portrait_message(marker.encode()))
+            await page.state("bad-portrait")
+            await page.begin()
+            await drive(page, range(1, 10))
+            await page.say(do=marker)
+            assert await page.closed() == Close.MALFORMED
+
+    with caplog.at_level(logging.DEBUG):
+        visit(act, use)
+    assert list(tmp_path.iterdir()) == [] and marker not in caplog.text
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+def test_other_machines_are_let_in_with_a_token_only() -> None:
+    with pytest.raises(SettingsError, match="--token"):
+        Site(host="0.0.0.0")
+    with pytest.raises(SettingsError, match="sessions"):
+        Site(sessions=0)
+    with pytest.raises(SettingsError, match="16 or more"):
+        Guard("short")
+    Site(host="0.0.0.0", token=TOKEN)
+    Site(host="::1")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM to send")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_says_where_the_page_is_and_ends_in_order(
+    toy_bundle: Path, number: signal.Signals
+) -> None:
+    command = (sys.executable, "-m", "diffusionact.cli", "serve", "--json", "--port", "0",
+               "--bundle", str(toy_bundle), "--backend", "ort")  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        told = json.loads(process.stdout.readline())
+
+        async def use() -> None:
+            protocols = ("diffusionact",)
+            async with (
+                aiohttp.ClientSession() as http,
+                http.ws_connect(f"{told['url']}api/drive", protocols=protocols) as socket,
+            ):
+                page = Page(socket)
+                await page.begin()
+                await page.drive(TRACK[1], SIDE, 1, 1)
+                process.send_signal(number)
+                assert await page.closed() == Close.GOING
+
+        asyncio.run(use())
+        assert process.wait(30) == 128 + number
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.slow
+def test_visitors_who_come_and_go_leave_nothing_behind(act: Reenactor) -> None:
+    held: list[tuple[int, int, int]] = []  # tasks, threads, traced bytes
+
+    async def use(browser: Browser) -> None:
+        for number in range(240):
+            async with browser.page() as page:
+                await page.begin(transport=("landmarks", "frames")[number % 2])
+                if number % 2:
+                    await page.socket.send_bytes(grey_frame(9, 1))
+                    await page.picture()
+                else:
+                    await page.drive(TRACK[1], SIDE, 1, 1)
+                    await page.socket.send_bytes(messages.landmarks_message(None, SIDE, 2, 2))
+            if number in (79, 239):
+                await asyncio.sleep(0.5)
+                gc.collect()
+                traced = tracemalloc.get_traced_memory()[0]
+                held.append((len(asyncio.all_tasks()), threading.active_count(), traced))
+
+    tracemalloc.start()
+    try:
+        visit(act, use, new_tracker=lambda: FakeTracker([]))
+    finally:
+        tracemalloc.stop()
+    (tasks, threads, early), (later_tasks, later_threads, late) = held
+    assert later_tasks <= tasks and later_threads <= threads
+    assert late - early < 500_000  # of 160 visitors: 3 KB each
+
+
+# ---- parts ----
+
+
+def test_a_bucket_gives_so_many_at_once_and_so_many_a_second() -> None:
+    now = 0.0
+    bucket = Bucket(3, 2.0, clock=lambda: now)
+    assert [bucket.take() for _ in range(4)] == [True, True, True, False]
+    now = 1.0
+    assert [bucket.take() for _ in range(3)] == [True, True, False]
+
+
+def test_the_pace_brings_frames_just_before_the_renderer_is_free() -> None:
+    """A page that answers 12 ms after it was asked, a renderer that takes 40 ms a frame."""
+    pace, free_ms, waits = Pace(), 0.0, []
+    asked_ms = 0.0
+    for _ in range(60):
+        ready_ms = asked_ms + 12.0
+        begun_ms = max(ready_ms, free_ms)
+        pace.learn(*(round(1e6 * ms) for ms in (ready_ms, begun_ms, free_ms)))
+        waits.append(begun_ms - ready_ms)
+        free_ms, asked_ms = begun_ms + 40.0, begun_ms + pace.delay_ms
+    assert waits[1] > 20.0  # at first as early as can be
+    assert waits[-1] == pytest.approx(EARLY_MS, abs=0.5)
+
+
+def test_landmarks_survive_the_wire() -> None:
+    face = TRACK[40]
+    assert face is not None
+    packet = messages.read_packet(messages.landmarks_message(face, SIDE, 7, 123))
+    assert (packet.frame, packet.captured_us, packet.seen) == (7, 123, True)
+    assert len(packet.body) == 420
+    back = messages.landmarks_of(packet)
+    assert back is not None
+    scale = SIDE / messages.REFERENCE_PX
+    np.testing.assert_allclose(back.points * scale, face.points, atol=SIDE / messages.UNITS)
+    np.testing.assert_allclose(back.gaze * scale, face.gaze, atol=SIDE / messages.UNITS)
