@@ -23,9 +23,9 @@ h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .
 li b { color: var(--text); }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .45rem .8rem; text-align: right; white-space: nowrap; vertical-align: top; }
+th, td { padding: .45rem .6rem; text-align: right; white-space: nowrap; vertical-align: top; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
-thead th { color: var(--soft); font-weight: 600; border-bottom: 1px solid var(--line); }
+thead th { white-space: normal; min-width: 4.2rem; color: var(--soft); font-weight: 600; border-bottom: 1px solid var(--line); }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 td small { display: block; color: var(--soft); font-size: .74rem; }
 td.none { color: var(--soft); } td b { color: var(--accent); }
@@ -39,6 +39,7 @@ svg .tick { stroke: var(--accent); stroke-opacity: .45; }
 svg .box { fill: var(--fill); stroke: var(--accent); } svg .middle { stroke: var(--accent);
   stroke-width: 2; }
 pre { overflow-x: auto; font-size: .8rem; } summary { cursor: pointer; }
+.worst summary { font-size: 1.15rem; font-weight: 600; margin: 1.4rem 0 .5rem; }
 button { font: inherit; padding: .6rem 1.2rem; border-radius: 6px; border: 1px solid var(--line);
   background: var(--fill); color: var(--text); cursor: pointer; }
 button:focus-visible { outline: 2px solid var(--accent); }

@@ -23,6 +23,7 @@ from diffusionact.files import write_whole
 
 Values: TypeAlias = Mapping[str, npt.NDArray[np.float64]]
 
+YARD = ("copy", "mean", "true", "oracle")  # yardsticks: measured, not judged
 HISTOGRAMS = ("psnr", "lpips", "perceptual_rendered", "csim", "nme", "gaze_px", "apd", "aed")
 DAMAGE_TEXT = {
     **DAMAGES,
@@ -56,7 +57,7 @@ def write_report(path: Path, places: Sequence[Path], rows: Path | None = None) -
         )
     known = published(rows)
     parts = [_heading(runs), _table(runs, known), _counts(runs), _histograms(runs)]
-    parts += [_worst(run) for run in runs]
+    parts += [_worst(run, first=i == 0) for i, run in enumerate(runs)]
     parts += [_absent(runs), _about(runs, known)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page("Evaluation", "\n".join(part for part in parts if part)))
@@ -160,9 +161,6 @@ def _best(name: str, runs: Sequence[Run]) -> float | None:
     return float(min(values, key=keys[better]))
 
 
-YARD = ("copy", "mean", "true", "oracle")
-
-
 def _cell(name: str, run: Run, best: float | None) -> str:
     value = run.summary.get(name)
     if value is None:
@@ -221,9 +219,9 @@ def _histograms(runs: Sequence[Run]) -> str:
     )
 
 
-def _worst(run: Run) -> str:
+def _worst(run: Run, first: bool) -> str:
     cases = read_worst(run.folder / "worst")
-    if not cases or run.head.get("method") in ("true", "copy", "mean"):
+    if not cases or run.head.get("method") in YARD:
         return ""
     shown = []
     for case in cases[:8]:
@@ -235,8 +233,9 @@ def _worst(run: Run) -> str:
             f"<figcaption>{escape(text)}</figcaption></figure>"
         )
     return (
-        f"<h2>Worst of {escape(run.name)}</h2><p>Source (where known), what it should be, the "
-        f"result, and twice their difference.</p><div class='figures'>{''.join(shown)}</div>"
+        f"<details class='worst'{' open' if first else ''}><summary>Worst of {escape(run.name)}"
+        "</summary><p>Source (where known), what it should be, the result, and twice their "
+        f"difference.</p><div class='figures'>{''.join(shown)}</div></details>"
     )
 
 
