@@ -27,7 +27,7 @@ from diffusionact.files import write_whole
 from diffusionact.manifest import Manifest
 from diffusionact.runtime.gpu_choice import gpu_backend
 from diffusionact.runtime.loop import Approximation
-from diffusionact.runtime.trial import REFERENCE, Measured
+from diffusionact.runtime.trial import REFERENCE, Measured, is_large
 
 LEAST_PSNR_DB = 40.0  # of a frame against fp32: below, an eye that looks for it may see it
 WORTH_IT = 1.1  # how much faster a lower precision must be
@@ -171,7 +171,12 @@ def _record(bundle_dir: Path, manifest: Manifest, threads: int) -> Record:
     except (OSError, ValueError) as problem:
         if not isinstance(problem, FileNotFoundError):
             _log.info("%s: not usable (%s), measured again", _path(key), problem)
-    _log.info("measuring which backend is the fastest here, once for this model")
+    long = is_large(bundle_dir, manifest)  # then the wait wants a word
+    _log.log(
+        logging.WARNING if long else logging.INFO,
+        "measuring which backend is the fastest here, once for this model%s",
+        ": a minute or two" if long else "",
+    )
     candidates, lasting = _measured_apart(bundle_dir, threads)
     record = Record(key, candidates)
     if lasting:

@@ -82,7 +82,7 @@ def candidates(large: bool = False) -> list[Candidate]:
 def measure(bundle_dir: Path, threads: int) -> list[Measured]:
     """Return all candidates, measured in this process, in turns."""
     manifest = read_manifest(bundle_dir, verify=False)
-    large = (bundle_dir / manifest.components["unet_step"].file).stat().st_size > LARGE_BYTES
+    large = is_large(bundle_dir, manifest)
     steps = LARGE_STEPS if large else min(manifest.render.steps, STEPS)
     loops: dict[Candidate, AnyLoop] = {}
     errors: dict[Candidate, str] = {}
@@ -111,6 +111,11 @@ def measure(bundle_dir: Path, threads: int) -> list[Measured]:
         for (backend, precision, approximate), error in errors.items()
     ]
     return done + lost
+
+
+def is_large(bundle_dir: Path, manifest: Manifest) -> bool:
+    """Return whether the step network is so large that measuring takes long."""
+    return (bundle_dir / manifest.components["unet_step"].file).stat().st_size > LARGE_BYTES
 
 
 def fixed_input(manifest: Manifest) -> tuple[Float32Array, Float32Array, Float32Array]:
