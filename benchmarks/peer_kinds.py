@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,15 @@ def peers(default: Choice, threads: int, compiled: bool) -> list[Peer]:
             {"lower": True},
         ),
         Peer("ONNX Runtime", "the published graph, its defaults", "onnxruntime", threads, {}),
-        Peer("OpenVINO", "the published graph, its defaults", "openvino", threads, {}),
         Peer("ours, ort fp32", "our bundle and loop", "ours", threads, {"backend": "ort"}),
         Peer(
             "ours", f"our default here: {default.backend} {default.precision}", "ours", threads,
             {"backend": default.backend, "precision": default.precision},
         ),
     ]  # fmt: skip
+    if find_spec("openvino"):
+        how = "the published graph, its defaults"
+        found.insert(3, Peer("OpenVINO", how, "openvino", threads, {}))
     if default.backend == "openvino":  # the backend that can
         how = "the same, deep features reused in two steps of three: approximate, --approximate"
         options = {"backend": "openvino", "precision": default.precision, "approximate": "reuse"}
@@ -220,11 +223,18 @@ class OpenvinoPeer(GraphPeer):
 class OurPeer:
     """The runtime's loop."""
 
-    def __init__(self, folder: Path, threads: int, backend: str, precision: str = "auto") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        threads: int,
+        backend: str,
+        precision: str = "auto",
+        approximate: Literal[reuse] | None = None,
+    ) -> None:
         plan = manifest_file.read(folder / BUNDLE)
         self._loop = open_loop(
-            folder / BUNDLE, plan, steps=20, also=(2,), backend=backend, device="cpu",
-            precision=precision, threads=threads,
+            folder / BUNDLE, plan, steps=STEPS, also=(PIECE,), backend=backend, device="cpu",
+            precision=precision, threads=threads, approximate=approximate,
         )  # fmt: skip
 
     def encode(self, image: Picture, drawing: Picture) -> Picture:

@@ -208,6 +208,13 @@ def test_a_busy_machine_and_restless_frames_are_warned_of() -> None:
     assert "differ much" in spread
 
 
+def test_warnings_name_the_variants_that_not_all_share(made: list[rig.Record]) -> None:
+    first, second = (
+        {**made[i], "warnings": ["busy", *more]} for i, more in ((0, ["odd"]), (1, []))
+    )
+    assert records.warnings_of([first, second]) == ["busy", "ort, fp32, 2 steps: odd"]
+
+
 def test_records_are_appended_whole_and_read_again(made: list[rig.Record], tmp_path: Path) -> None:
     file = tmp_path / "deep" / "bench.json"
     records.append(file, made[:1])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffusionact import machine
 from diffusionact.bench import plots
-from diffusionact.bench.records import TOTAL, Record, label
+from diffusionact.bench.records import TOTAL, Record, label, warnings_of
 from diffusionact.errors import MediaError
 from diffusionact.files import write_whole
 
@@ -109,7 +109,7 @@ def _facts(records: Sequence[Record]) -> str:
 
 
 def _warnings(records: Sequence[Record]) -> Iterable[str]:
-    for text in dict.fromkeys(text for record in records for text in record["warnings"]):
+    for text in warnings_of(records):
         yield f'<p class="warn">{escape(text)}</p>'
 
 

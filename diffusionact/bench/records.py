@@ -75,6 +75,18 @@ def noise_warnings(total: Mapping[str, float], load: float | None, cores: int) -
     return found
 
 
+def warnings_of(records: Sequence[Record]) -> list[str]:
+    """Return the warnings of these records, each once, with the variants that not all share."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        for text in record["warnings"]:
+            found.setdefault(text, []).append(label(record, records))
+    return [
+        text if len(names) == len(records) else f"{'; '.join(names)}: {text}"
+        for text, names in found.items()
+    ]
+
+
 def label(record: Record, among: Sequence[Record] = ()) -> str:
     """Return the name of a record's variant: backend, precision, and what differs among these."""
     ran = record["ran"]

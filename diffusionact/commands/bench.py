@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     for record in made:
         say(arguments, record, records.table(record, records.label(record, made)))
-    for warning in dict.fromkeys(text for record in made for text in record["warnings"]):
+    for warning in records.warnings_of(made):
         logging.getLogger("diffusionact").warning(warning)
     if arguments.out:
         records.append(arguments.out, made)
