@@ -218,7 +218,37 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert message in capsys.readouterr().err
 
 
-def test_help_loads_no_numpy_and_json_may_stand_first(tmp_path: Path) -> None:
+def test_seconds_are_told_of_whole_clips_and_of_a_camera(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (line,) = told(capsys, "time", "--frames", "2", "--live-seconds", "0.4", *MODEL)
+    assert line["seconds_2"] > line["load_s_2"] > 0 and line["steps"] == 2
+    if line["tracker"] == "mediapipe":
+        assert line["live_latency_p50_ms"] > 0 and line["live_frames_per_second"] > 0
+
+
+BLOCKED = """
+import sys
+for name in ("torch", "numba", "onnx", "skimage", "safetensors", "matplotlib"):
+    sys.modules[name] = None
+from diffusionact.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_it_works_in_the_environment_of_make_env(tmp_path: Path) -> None:
+    run = ["eval", "self", "--identities", "1", *MODEL, "-o", str(tmp_path), "--pictures", "-q"]
+    subprocess.run([sys.executable, "-c", BLOCKED, *run], check=True)
+    assert (tmp_path / "report.html").exists()
+    assert cv2.imread(str(tmp_path / "ours-T2-ort/pictures/2026-00000/target.png")) is not None
+    more = [*run[:3], "9999", *run[4:6], "-q"]
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, *more], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == REFUSED and "pip install numba" in done.stderr
+
+
+def test_help_loads_no_numpy() -> None:
     code = (
         "import sys\nfrom diffusionact.cli import main\n"
         "try: main(['eval', 'self', '--help'])\nexcept SystemExit: pass\n"

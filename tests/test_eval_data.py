@@ -13,10 +13,14 @@ import pytest
 
 from diffusionact.errors import MediaError, SettingsError
 from diffusionact.evaluation import study
+from diffusionact.evaluation.compared import Clip, Frame
 from diffusionact.evaluation.layouts import footage
+from diffusionact.evaluation.measure import Instruments
 from diffusionact.evaluation.page import page, plot
 from diffusionact.evaluation.protocols import far_apart, random_pairs
 from diffusionact.evaluation.published import published
+from diffusionact.evaluation.report import write_report
+from diffusionact.evaluation.run import run_clips
 
 
 def tree(root: Path, *names: str) -> Path:
@@ -127,6 +131,32 @@ def test_pages_need_nothing_else_and_escape_names() -> None:
     assert "a&lt;b" in made and "x&lt;y &amp;" in made and "prefers-color-scheme: dark" in made
     assert "http" not in made
     assert plot({"flat": np.array([2.0, 2.0])}).count("NaN") == 0
+
+
+def test_a_report_shows_damage_absence_and_published_rows(tmp_path: Path) -> None:
+    good = np.full((16, 16, 3), 90, np.uint8)
+    frames = [
+        Frame("0", lambda: good, lambda: good + 9),
+        Frame("1", None, lambda: good, unpaired="missing"),
+    ]
+    head = {"protocol": "self", "data": "mine"}
+    for name in ("one", "two"):
+        run_clips([Clip("c", "c", frames)], Instruments(absent={"nme": "no <tracker>"}), head,
+                  folder=tmp_path / "runs" / name)  # fmt: skip
+    row = {"table": "Table 2", "method": "Theirs", "protocol": "self", "read_in": "page 6"}
+    rows = [
+        {**row, "data": "VoxCeleb1", "values": {"psnr": 12.5}},
+        {**row, "protocol": "cross", "data": "mine", "method": "Hidden", "values": {"psnr": 1.0}},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps({"paper": "P", "rows": rows}))
+    out = tmp_path / "report.html"
+    assert write_report(out, [tmp_path / "runs"], tmp_path / "rows.json") == ["one", "two"]
+    text = out.read_text()
+    assert "the reference has this frame, the result does not" in text
+    assert "no &lt;tracker&gt;" in text and "<tracker>" not in text
+    assert "Theirs, Table 2" in text and "12.50" in text and "other data: VoxCeleb1" in text
+    assert "Hidden" not in text and "page 6" in text
+    assert "data:image/jpeg" in text
 
 
 def pictures(folder: Path, *names: str) -> Path:

@@ -74,6 +74,9 @@ def _measuring() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, metavar="DIR",
         help="keep the run: it can be resumed, compared and reported (a page is written too)",
     )  # fmt: skip
+    made.add_argument(
+        "--pictures", action="store_true", help="with -o: keep every result as a picture"
+    )
     made.add_argument("--networks", type=Path, metavar="DIR", help="with lpips.onnx, arcface.onnx")
     made.add_argument(
         "--reader", choices=("auto", "judge", "tracker", "none"), default="auto",

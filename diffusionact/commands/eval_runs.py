@@ -276,7 +276,7 @@ def _make(arguments: argparse.Namespace, planned: list[Planned], instruments: In
         with Progress(plan.name, quiet=arguments.quiet) as progress:
             summaries[plan.name] = run_clips(
                 plan.clips(), instruments, plan.head, folder=folder, tell=tell,
-                progress=progress, total=plan.total,
+                progress=progress, total=plan.total, pictures=arguments.pictures,
             )  # fmt: skip
     if arguments.output is not None:
         from diffusionact.evaluation.report import write_report

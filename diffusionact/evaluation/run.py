@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from diffusionact.evaluation.compared import Clip
+import cv2
+import numpy as np
+
+from diffusionact.evaluation.compared import Clip, Image
 from diffusionact.evaluation.measure import ClipMeasure, Instruments
 from diffusionact.evaluation.runfile import RunFile
 from diffusionact.evaluation.statistics import Totals, summary_values
 from diffusionact.evaluation.worst import Worst
+from diffusionact.files import write_whole
 
 Tell: TypeAlias = Callable[[Mapping[str, Any]], None]
 Progress: TypeAlias = Callable[[int, "int | None"], None]
@@ -25,12 +29,14 @@ def run_clips(
     tell: Tell | None = None,
     progress: Progress | None = None,
     total: int | None = None,
+    pictures: bool = False,
 ) -> dict[str, Any]:
     """Return the summary of a run.
 
     head: what was measured and how; folder: where the run is kept, which makes it go on after an
     interruption, None keeps nothing; tell: takes every line, those of before an interruption
-    first, and the summary last; total: frames, for the progress.
+    first, and the summary last; total: frames, for the progress; pictures: results are kept too,
+    as FOLDER/pictures/CLIP/FRAME.png.
 
     Raises: SettingsError when the folder holds another run, MediaError.
     """
@@ -39,7 +45,7 @@ def run_clips(
     totals = Totals()
     if folder is None:
         for clip in clips:
-            for row in _rows(clip, instruments, None, None):
+            for row in _rows(clip, instruments):
                 totals.add(row)
                 told(row)
                 steps(totals.frames, total)
@@ -54,7 +60,8 @@ def run_clips(
         for clip in clips:
             if clip.name in file.done:
                 continue
-            for row in _rows(clip, instruments, file, worst):
+            place = folder / "pictures" if pictures else None
+            for row in _rows(clip, instruments, file, worst, place):
                 totals.add(row)
                 told(row)
                 steps(totals.frames, total)
@@ -65,7 +72,11 @@ def run_clips(
 
 
 def _rows(
-    clip: Clip, instruments: Instruments, file: RunFile | None, worst: Worst | None
+    clip: Clip,
+    instruments: Instruments,
+    file: RunFile | None = None,
+    worst: Worst | None = None,
+    pictures: Path | None = None,
 ) -> Iterable[dict[str, Any]]:
     measure = ClipMeasure(instruments, clip)
     done = file.resumed_at(clip.name, measure) if file is not None else 0
@@ -75,6 +86,8 @@ def _rows(
         row = measure.frame(frame)
         if worst is not None:
             worst.offer(row, clip, *measure.seen)
+        if pictures is not None and measure.seen[1] is not None:
+            _write_picture(pictures / clip.name / f"{frame.key}.png", measure.seen[1])
         if file is not None:
             file.add(row)
             file.keep(clip.name, count, measure)
@@ -83,3 +96,8 @@ def _rows(
     if file is not None:
         file.add(end)
     yield end
+
+
+def _write_picture(path: Path, image: Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, np.asarray(cv2.imencode(".png", image)[1]).tobytes())
