@@ -182,22 +182,32 @@ def test_a_study_is_one_page_and_its_choices_are_counted(tmp_path: Path) -> None
     a, b = pictures(tmp_path / "a", "x", "y", "z"), pictures(tmp_path / "b", "x", "y")
     names = study.common_names([a, b])
     assert names == ["x", "y"]
-    asked = study.questions(names, ["ours", "theirs"], 4, 0)
+    asked = study.questions(names, ["ours", "theirs"], 20, 0)
+    assert len(asked) == 2  # none is asked twice
     out = tmp_path / "study.html"
     study.write_study(out, {"ours": a, "theirs": b}, asked, [a, None])
     text = out.read_text()
-    assert text.count("data:image/webp") == 12 and "ours" not in text and "theirs" not in text
+    assert "ours" not in text and "theirs" not in text
+    (line,) = (line for line in text.splitlines() if "const items = " in line)
+    items = json.loads(line.split("const items = ")[1].rstrip(";"))
+    shown = [data for item in items for data in (*item["above"], *item["sides"])]
+    assert len(shown) == 6
+    for data in shown:
+        raw = np.frombuffer(
+            base64.b64decode(data.removeprefix("data:image/webp;base64,")), np.uint8
+        )
+        assert cv2.imdecode(raw, cv2.IMREAD_COLOR).shape == (256, 256, 3)
     key = base64.b64encode(json.dumps([vars(q) for q in asked]).encode()).decode()
     assert key in text
     choices = [0 if q.left == "ours" else 1 for q in asked]
-    choices[3] = None  # not answered
+    choices[1] = None  # not answered
     saved = tmp_path / "choices.json"
     saved.write_text(json.dumps({"format": study.FORMAT, "key": key, "choices": choices}))
     first, second = study.count([saved, saved])
-    assert (first.method, first.chosen, first.shown) == ("ours", 6, 6)
-    assert (second.method, second.chosen, second.shown) == ("theirs", 0, 6)
+    assert (first.method, first.chosen, first.shown) == ("ours", 2, 2)
+    assert (second.method, second.chosen, second.shown) == ("theirs", 0, 2)
     saved.write_text(json.dumps({"format": study.FORMAT, "key": key, "choices": [0]}))
-    with pytest.raises(MediaError, match="1 choices for 4 questions"):
+    with pytest.raises(MediaError, match="1 choices for 2 questions"):
         study.count([saved])
 
 

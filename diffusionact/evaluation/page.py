@@ -16,7 +16,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --back: #16181a; --text: #e4e6e7;
   --soft: #9aa0a5; --line: #34383b; --accent: #7fb0f0; --fill: #7fb0f033; --warn: #f0a060; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 76rem; background: var(--back);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 84rem; background: var(--back);
   color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
 .lead, p, li, figcaption { color: var(--soft); } p { margin: .3rem 0 .8rem; }

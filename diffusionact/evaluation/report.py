@@ -169,7 +169,8 @@ def _cell(name: str, run: Run, best: float | None) -> str:
     ends = run.summary.get("interval_95", {}).get(name)
     span = "" if ends is None else f"<small>{_span(name, ends)}</small>"
     text = text_of(name, value)
-    marked = f"<b>{text}</b>" if value == best and run.head.get("method") not in YARD else text
+    ours = best is not None and run.head.get("method") not in YARD
+    marked = f"<b>{text}</b>" if ours and text == text_of(name, best) else text
     return f"<td>{marked}{span}</td>"
 
 
@@ -206,7 +207,8 @@ def _histograms(runs: Sequence[Run]) -> str:
         series = {
             run.name: run.values[name]
             for run in runs
-            if len(run.values.get(name, ())) > 1 and run.head.get("method") not in ("true", "mean")
+            if len(run.values.get(name, ())) > 1
+            and run.head.get("method") not in ("true", "mean", "copy")
         }
         if series:
             figures.append(f"<figure>{plot(series)}<figcaption>{escape(_arrow(name))}: "

@@ -46,7 +46,8 @@ def questions(
     names: Sequence[str], methods: Sequence[str], count: int, seed: int
 ) -> list[Question]:
     """Return what is asked: each question one picture and two methods, the first listed always
-    one of them, sides and order at random with a fixed seed.
+    one of them, sides and order at random with a fixed seed. None is asked twice, so that there may
+    be fewer than `count`.
 
     Raises: SettingsError for fewer than two methods or no picture that all have.
     """
@@ -59,12 +60,13 @@ def questions(
     order = [names[int(i)] for i in rng.permutation(len(names))]
     others = methods[1:]
     asked = []
-    for i in range(count):
-        pair = [methods[0], others[i % len(others)]]
-        if rng.random() < 0.5:
-            pair.reverse()
-        asked.append(Question(order[i % len(order)], *pair))
-    return asked
+    for turn in range(len(others)):  # every picture once before any comes again
+        for i, name in enumerate(order):
+            pair = [methods[0], others[(i + turn) % len(others)]]
+            if rng.random() < 0.5:
+                pair.reverse()
+            asked.append(Question(name, *pair))
+    return asked[:count]
 
 
 def write_study(
@@ -86,7 +88,7 @@ def write_study(
         sides = [_data(methods[side], question.name) for side in (question.left, question.right)]
         items.append({"above": above, "sides": sides})
     key = base64.b64encode(json.dumps([asdict(q) for q in asked]).encode()).decode()
-    script = SCRIPT.replace("ITEMS", json.dumps(items)).replace("KEY", json.dumps(key))
+    script = f"const items = {json.dumps(items)};\nconst key = {json.dumps(key)};\n{SCRIPT}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page("Which is better?", BODY, script), encoding="utf-8")
 
@@ -182,7 +184,7 @@ left for the one before. Nothing leaves this page until you save the file and se
 """
 
 SCRIPT = """
-const items = ITEMS, key = KEY, store = 'study-' + key.slice(0, 24) + items.length;
+const store = 'study-' + key.slice(0, 24) + items.length;
 let choices = JSON.parse(localStorage.getItem(store) || 'null') || items.map(() => null);
 let at = Math.max(0, choices.indexOf(null) === -1 ? items.length - 1 : choices.indexOf(null));
 const find = id => document.getElementById(id);
