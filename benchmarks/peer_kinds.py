@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from diffusionact.files import write_whole
 from diffusionact.manifest import Sampling, Schedule, TensorSpec
 from diffusionact.runtime.choice import Choice
 from diffusionact.runtime.contest import peak_memory_mib
-from diffusionact.runtime.loop import open_loop
+from diffusionact.runtime.loop import Approximation, open_loop
 from tests.golden import rule
 
 Picture = NDArray[np.float32]
@@ -229,7 +229,7 @@ class OurPeer:
         threads: int,
         backend: str,
         precision: str = "auto",
-        approximate: Literal[reuse] | None = None,
+        approximate: Approximation | None = None,
     ) -> None:
         plan = manifest_file.read(folder / BUNDLE)
         self._loop = open_loop(
