@@ -157,7 +157,7 @@ def test_self_on_rendered_people_is_kept_resumed_and_compared(
     assert main(["eval", "compare", ours, str(tmp_path / "nothing")]) == REFUSED
 
     again = tmp_path / "again.html"
-    assert told(capsys, "report", tmp_path, "-o", again)[0]["runs"][0] == "ours-T2-ort"
+    assert next(iter(told(capsys, "report", tmp_path, "-o", again)[0]["runs"])) == "ours-T2-ort"
     assert main(["eval", *run[:2], "3", *run[3:], "-o", str(tmp_path), "-q"]) == REFUSED
     assert "other settings (identities)" in capsys.readouterr().err
 

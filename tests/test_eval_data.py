@@ -150,7 +150,9 @@ def test_a_report_shows_damage_absence_and_published_rows(tmp_path: Path) -> Non
     ]
     (tmp_path / "rows.json").write_text(json.dumps({"paper": "P", "rows": rows}))
     out = tmp_path / "report.html"
-    assert write_report(out, [tmp_path / "runs"], tmp_path / "rows.json") == ["one", "two"]
+    shown = write_report(out, [tmp_path / "runs"], tmp_path / "rows.json")
+    assert list(shown) == ["one", "two"] and shown["one"]["frames"] == 2
+    assert shown["one"]["l1"] == [pytest.approx(9 / 255, rel=1e-5), None, None]
     text = out.read_text()
     assert "the reference has this frame, the result does not" in text
     assert "no &lt;tracker&gt;" in text and "<tracker>" not in text

@@ -300,6 +300,7 @@ def test_brightness_of_either_sign_is_a_distance() -> None:
     first = np.full(10, 20.0)
     made, _ = changes(rows(first, -0.2), rows(first, 0.1))
     assert made["brightness"].verdict == "better"
+    assert (made["brightness"].a, made["brightness"].b) == (pytest.approx(0.2), pytest.approx(0.1))
 
 
 def test_lines_that_are_no_run_are_refused(tmp_path: Path) -> None:

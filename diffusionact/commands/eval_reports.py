@@ -39,11 +39,11 @@ def compare(arguments: argparse.Namespace) -> bool:
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the page of runs."""
-    names = write_report(arguments.output, arguments.runs, arguments.published)
+    shown = write_report(arguments.output, arguments.runs, arguments.published)
     say(
         arguments,
-        {"wrote": str(arguments.output), "runs": names},
-        f"wrote {arguments.output}: {len(names)} runs",
+        {"wrote": str(arguments.output), "runs": shown},
+        f"wrote {arguments.output}: {len(shown)} runs",
     )
 
 
@@ -82,4 +82,4 @@ def _line(name: str, change: Change) -> str:
         ends = f"  [{change.low:+.4g}, {change.high:+.4g}]"
     a, b = text_of(name, change.a), text_of(name, change.b)
     title = COLUMNS[name].title
-    return f"{title:<22}{a:>10} -> {b:<10}{change.change:>+11.4g}{ends:<26}{change.verdict}"
+    return f"{title:<22}{a:>10} -> {b:<10}{change.change:>+11.4g}{ends:<29}{change.verdict}"

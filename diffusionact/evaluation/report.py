@@ -44,8 +44,11 @@ class Run:
     values: Values
 
 
-def write_report(path: Path, places: Sequence[Path], rows: Path | None = None) -> list[str]:
-    """Return the names of the runs that a page, written to `path`, shows.
+def write_report(
+    path: Path, places: Sequence[Path], rows: Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return what a page, written to `path`, shows: run -> measure -> [mean, low, high], the ends
+    of the interval None of one person.
 
     places: runs, or folders that hold some; rows: published ones, of a file of the user's.
     Raises: MediaError when there is no complete run.
@@ -61,7 +64,16 @@ def write_report(path: Path, places: Sequence[Path], rows: Path | None = None) -
     parts += [_absent(runs), _about(runs, known)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page("Evaluation", "\n".join(part for part in parts if part)))
-    return [run.name for run in runs]
+    return {run.name: _figures(run) for run in runs}
+
+
+def _figures(run: Run) -> dict[str, Any]:
+    made: dict[str, Any] = {"frames": run.summary["frames"]}
+    for name in COLUMNS:
+        if (value := run.summary.get(name)) is not None:
+            low, high = run.summary.get("interval_95", {}).get(name, (None, None))
+            made[name] = [None if v is None else float(f"{v:.6g}") for v in (value, low, high)]
+    return made
 
 
 def _runs_in(place: Path) -> list[Path]:

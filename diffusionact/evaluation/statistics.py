@@ -97,7 +97,7 @@ class Totals:
 class Change:
     """What became of a measure from run A to run B, over the frames that both have.
 
-    a, b: means; change: b - a with the ends of its interval; verdict: "better", "worse",
+    a, b: means, of a measure that is best at zero of its size; change: b - a with the ends of its interval; verdict: "better", "worse",
     "changed" (of a measure without a direction), "noise", or "unknown" of fewer than two people.
     """
 
@@ -149,7 +149,9 @@ def _change(name: str, rows: list[tuple[Row, Row]]) -> Change:
         total[1] += 1
     sums, counts = np.array(list(people.values()), np.float64).T
     ends = bootstrap(sums, counts)
-    before, after = (float(np.mean([row[i][name] for row in rows])) for i in (0, 1))
+    before, after = (
+        float(np.mean([_distance_from_best(name, row[i][name]) for row in rows])) for i in (0, 1)
+    )
     shift = float(sums.sum() / counts.sum())
     low, high = ends or (None, None)
     return Change(
