@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,19 @@ def test_a_clip_of_the_users_is_moved_by_its_own_frames(
     assert runs["true"]["jitter"] == runs["true"]["jitter_real"] > 0
     frames = [row["frame"] for row in read_rows(tmp_path / "true") if "frame" in row]
     assert frames == ["1", "2", "3"]  # the first is the source
+
+
+def test_one_persons_clip_moves_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same clip as two people: landmarks as detected are the driver's own, drawn exactly."""
+    for name in ("anna", "berta"):
+        for suffix in (".mp4", ".landmarks.npz"):
+            shutil.copy(driver_path().with_suffix(suffix), tmp_path / f"{name}{suffix}")
+    run = ["cross", tmp_path, "--frames", "2", "--pairs", "1", "--reader", "judge", *MODEL]
+    eq8, detector = told(capsys, *run)[-1], told(capsys, *run, "--landmarks", "detector")[-1]
+    for summary in (eq8, detector):
+        assert summary["frames"] == summary["count"]["apd"] == 2
+        assert summary["psnr"] is None and summary["nme"] is None
+    assert detector["apd"] < 8
 
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -193,12 +193,14 @@ def _span(name: str, ends: Sequence[float]) -> str:
 def _counts(runs: Sequence[Run]) -> str:
     shown = [name for name in COUNTS if any(run.summary.get(name) for run in runs)]
     if not shown:
-        return "<p>Every frame of every run could be compared; a face was found in each.</p>"
+        looked = all(run.summary.get("no_face") is not None for run in runs)
+        found = "; a face was found in each" if looked else ""
+        return f"<p>Every frame of every run could be compared{found}.</p>"
     head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in shown)
     lines = [
         f"<tr><th>{escape(run.name)}</th><td>{run.summary['frames']}</td>"
         f"<td>{run.summary['compared']}</td>"
-        + "".join(f"<td>{run.summary.get(name, 0)}</td>" for name in shown)
+        + "".join(f"<td>{_count(run.summary.get(name))}</td>" for name in shown)
         + "</tr>"
         for run in runs
     ]
@@ -211,6 +213,10 @@ def _counts(runs: Sequence[Run]) -> str:
         f"<th>frames</th><th>compared</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
         f"</table></div><ul>{notes}</ul>"
     )
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else str(number)
 
 
 def _histograms(runs: Sequence[Run]) -> str:

@@ -14,6 +14,7 @@ from diffusionact.evaluation.columns import COLUMNS, COUNTS, FRAME_COLUMNS, impr
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 Row: TypeAlias = Mapping[str, Any]
 
+LOOKED_FOR = ("no_face", "no_face_reference")  # counts of what only a reader of faces can tell
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 SEED = 7
@@ -56,7 +57,8 @@ class Totals:
         self.frames = 0
         self.compared = 0
         self.clips = 0
-        self.counts = dict.fromkeys(COUNTS, 0)
+        self.counts: dict[str, int | None] = dict.fromkeys(COUNTS, 0)
+        self.counts |= dict.fromkeys(LOOKED_FOR)  # None until somebody looks for a face
         self._sums: dict[str, dict[str, list[float]]] = {}
 
     def add(self, row: Row) -> None:
@@ -67,7 +69,9 @@ class Totals:
             self.frames += 1
             self.compared += row["damage"] is None
             for name in COUNTS:
-                self.counts[name] += row["damage"] == name or bool(row.get(name))
+                if name not in LOOKED_FOR or row.get(name) is not None:
+                    found = row["damage"] == name or bool(row.get(name))
+                    self.counts[name] = (self.counts[name] or 0) + found
         for name in COLUMNS:
             value = row.get(name)
             if value is not None:
@@ -191,6 +195,8 @@ def summary_values(totals: Totals, absent: Mapping[str, str]) -> dict[str, Any]:
     values["why_null"] = {
         name: absent.get(name, _reason(name, totals)) for name in COLUMNS if name not in estimates
     }
+    if totals.counts["no_face"] is None:
+        values["why_null"]["no_face"] = absent.get("nme", _reason("nme", totals))
     return values
 
 
