@@ -42,9 +42,11 @@ LAYOUTS = {
         ],
     ),
     "voxceleb (HyperReenact)": (
-        ("id10280/Ab-1/frames_cropped/0001.png", "id10280/Ab-1/frames_cropped/0002.png",
-         "id10283/Cd/frames_cropped/0001.png"),
-        [("id10280/Ab-1", "id10280"), ("id10283/Cd", "id10283")],
+        ("id10280/Ab-1/frames_cropped/00_000025.png", "id10280/Ab-1/frames/00_000025.png",
+         "id10280/Ab-1/chunk_videos/Ab-1#00001#257-396.mp4",
+         "id10283/Cd/chunk_videos/Cd#00001#1-9.mp4", "id10283/Cd/chunk_videos/Cd#00002#10-19.mp4"),
+        [("id10280/Ab-1", "id10280"), ("id10283/Cd/Cd#00001#1-9", "id10283"),
+         ("id10283/Cd/Cd#00002#10-19", "id10283")],
     ),
     "voxceleb-flat": (
         ("id10280#NX#001093#001192.mp4", "test/id10281#Q#1#2/0.png"),

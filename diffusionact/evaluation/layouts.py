@@ -14,6 +14,7 @@ from diffusionact.errors import MediaError, SettingsError
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".avi", ".webm", ".gif")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+PREPROCESSED = ("frames_cropped", "frames", "chunk_videos")
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,20 @@ def footage(root: Path, layout: str = "auto", split: Path | None = None) -> list
 
 def _voxceleb(root: Path) -> Iterator[Footage]:
     """VoxCeleb1 and 2 as published: [set/]idNNNNN/VIDEO/UTTERANCE.mp4, or folders of pictures in
-    their place, as HyperReenact's idNNNNN/VIDEO/frames_cropped/*.png."""
+    their place. As HyperReenact's preprocessing leaves it, a video has frames_cropped/, frames/
+    and chunk_videos/: the first of these that is there is taken, and nothing beside it."""
     for person in _people(root):
         for video in _folders(person):
-            for clip in _clips(video):
-                last = "" if clip.stem == "frames_cropped" else f"/{clip.stem}"
-                yield Footage(f"{person.name}/{video.name}{last}", person.name, clip)
-            if _has_pictures(video):
-                yield Footage(f"{person.name}/{video.name}", person.name, video)
+            name = f"{person.name}/{video.name}"
+            cropped, whole, chunks = (video / part for part in PREPROCESSED)
+            if made := next((f for f in (cropped, whole) if f.is_dir() and _has_pictures(f)), None):
+                yield Footage(name, person.name, made)
+            elif _has_pictures(video):
+                yield Footage(name, person.name, video)
+            else:
+                place = chunks if chunks.is_dir() else video
+                for clip in _clips(place):
+                    yield Footage(f"{name}/{clip.stem}", person.name, clip)
 
 
 def _voxceleb_flat(root: Path) -> Iterator[Footage]:
