@@ -214,6 +214,22 @@ def test_one_persons_clip_moves_another(tmp_path: Path, capsys: pytest.CaptureFi
     assert detector["apd"] < 8
 
 
+def test_a_clip_that_cannot_be_used_is_counted_and_the_others_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for suffix in (".mp4", ".landmarks.npz"):
+        shutil.copy(driver_path().with_suffix(suffix), tmp_path / f"anna{suffix}")
+    (tmp_path / "berta.mp4").write_bytes(driver_path().read_bytes()[:500])
+    run = ["self", tmp_path, "--frames", "1", "--reader", "judge", "--methods", "copy"]
+    lines = told(capsys, *run)
+    assert lines[-1]["unusable_clips"] == 1 and lines[-1]["compared"] == 1
+    (line,) = (line for line in lines if "unusable" in line)
+    assert line["clip"] == "berta" and "berta.mp4" in line["unusable"]
+    shutil.copytree(tmp_path, tmp_path.parent / "b")
+    same = told(capsys, "pairs", tmp_path, tmp_path.parent / "b", "--reader", "none")[-1]
+    assert (same["unusable_clips"], same["compared"], same["psnr"]) == (1, 100, 100)
+
+
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["self", "--methods", "theirs"], "choose from: ours"),

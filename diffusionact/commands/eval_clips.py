@@ -60,7 +60,7 @@ def person_clips(
             target.face, found,
         )  # fmt: skip
         load = partial(_given, source.image)
-        yield Clip(person.name, person.name, [frame], load, follows=False, length=1)
+        yield Clip(person.name, person.name, [frame], load, follows=False)
 
 
 def cross_person_clips(
@@ -84,7 +84,7 @@ def cross_person_clips(
         frame = Frame("target", partial(method, moment), None, truth)
         name = f"{source.name}_{driver.name}"
         load = partial(_given, source.source.image)
-        yield Clip(name, source.name, [frame], load, follows=False, length=1)
+        yield Clip(name, source.name, [frame], load, follows=False)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,11 @@ def self_clips(
 ) -> Iterator[Clip]:
     """Yield every clip: its first face is the source, its other frames are the targets."""
     for each in footage:
-        made = take(act, each, plan.motions)
+        try:
+            made = take(act, each, plan.motions)
+        except (MediaError, NoFace) as reason:
+            yield Clip(each.name, each.identity, [], unusable=str(reason))
+            continue
         yield _clip(act, made, made, each.name, method, plan)
 
 
@@ -151,9 +155,14 @@ def cross_clips(
     """Yield a clip for each pair: one's first face, moved by another's frames."""
     takes = cache(lambda index: take(act, footage[index], plan.motions))
     for pair in pairs:
-        source, driver = takes(pair.source), takes(pair.driver)
-        yield _clip(act, source, driver, f"{source.footage.name}_{driver.footage.name}", method,
-                    plan)  # fmt: skip
+        identity = footage[pair.source].identity
+        name = f"{footage[pair.source].name}_{footage[pair.driver].name}"
+        try:
+            source, driver = takes(pair.source), takes(pair.driver)
+        except (MediaError, NoFace) as reason:
+            yield Clip(name, identity, [], unusable=str(reason))
+            continue
+        yield _clip(act, source, driver, name, method, plan)
 
 
 def _clip(
@@ -161,9 +170,7 @@ def _clip(
 ) -> Clip:
     frames = _frames(act, source, driver, method, plan)
     crop = bgr_to_rgb(source.source.crop)
-    length = len(driver.motion.spans_ns)
-    return Clip(name, source.footage.identity, frames, partial(_given, crop),
-                length=length if plan.limit is None else min(length, plan.limit))  # fmt: skip
+    return Clip(name, source.footage.identity, frames, partial(_given, crop))
 
 
 def _frames(
@@ -246,10 +253,15 @@ def pair_clips(reference: Path, result: Path, source: Load | None = None) -> Ite
     if _holds_clips(reference) and _holds_clips(result):
         a, b = _clips_in(reference), _clips_in(result)
         for name in sorted({*a, *b}):
-            sides = [
-                _side(found[name]) if name in found else Side(f"{place}/{name}", [], named=True)
-                for found, place in ((a, reference), (b, result))
-            ]
+            places = [(a.get(name), reference), (b.get(name), result)]
+            try:
+                sides = [
+                    Side(f"{root}/{name}", [], named=True) if place is None else _side(place)
+                    for place, root in places
+                ]
+            except MediaError as reason:
+                yield Clip(name, name, [], unusable=str(reason))
+                continue
             yield Clip(name, name, _paired(*sides), source)
         return
     name = result.stem or str(result)

@@ -297,6 +297,8 @@ def _tell(arguments: argparse.Namespace, run: str | None, row: Mapping[str, Any]
         print(json.dumps(named, separators=(",", ":"), allow_nan=False), flush=True)
     elif row.get("damage") and not arguments.quiet:
         print(f"{row['clip']}, frame {row['frame']}: {row['damage']}", file=sys.stderr)
+    elif "unusable" in row and not arguments.quiet:
+        print(f"{row['clip']}: not measured: {row['unusable']}", file=sys.stderr)
 
 
 def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -314,7 +316,7 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     for name, summary in summaries.items():
         counts = [f"{summary['frames']} frames, {summary['compared']} compared"]
         counted = ("missing", "extra", "unreadable_result", "unreadable_reference", "resized",
-                   "no_face", "no_face_reference")  # fmt: skip
+                   "no_face", "no_face_reference", "unusable_clips")  # fmt: skip
         counts += [f"{key.replace('_', ' ')} {summary[key]}" for key in counted if summary[key]]
         lines.append(f"{name}: {', '.join(counts)}")
     return "\n".join(lines)

@@ -56,7 +56,7 @@ DAMAGES = {
     "unreadable_result": "the result's picture cannot be decoded",
     "unreadable_reference": "the reference's picture cannot be decoded",
 }
-COUNTS = (*DAMAGES, "resized", "no_face", "no_face_reference")
+COUNTS = (*DAMAGES, "resized", "no_face", "no_face_reference", "unusable_clips")
 
 
 def improvement(name: str, change: float) -> float:

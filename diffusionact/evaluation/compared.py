@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -40,7 +40,8 @@ class Clip:
 
     name: one of its own in a run; identity: of the person, over which is resampled; source: the
     picture that was brought to move, None where it is not known; follows: whether neighbouring
-    frames are neighbours in time.
+    frames are neighbours in time; unusable: why there is nothing to compare, of a clip that cannot
+    be read or shows no face at all: it is counted.
     """
 
     name: str
@@ -48,4 +49,4 @@ class Clip:
     frames: Iterable[Frame]
     source: Load | None = None
     follows: bool = True
-    length: int | None = field(default=None, compare=False)
+    unusable: str | None = None

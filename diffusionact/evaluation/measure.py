@@ -82,6 +82,8 @@ class ClipMeasure:
     def end(self) -> Row:
         """Return the line of the clip as a whole."""
         row: Row = {"clip": self._clip.name, "identity": self._clip.identity, "end": True}
+        if self._clip.unusable is not None:
+            return row | {"unusable": self._clip.unusable}
         if not self._clip.follows:
             return row
         row |= {"tl_id": self.drift.tl_id, "tg_id": self.drift.tg_id}

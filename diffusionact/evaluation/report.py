@@ -28,6 +28,7 @@ HISTOGRAMS = ("psnr", "lpips", "perceptual_rendered", "csim", "nme", "gaze_px", 
 DAMAGE_TEXT = {
     **DAMAGES,
     "resized": "the result's size was another; it was brought to the reference's",
+    "unusable_clips": "a whole clip could not be read, or shows no face (frames.jsonl says which)",
     "no_face": "no face was found in the result",
     "no_face_reference": "no face was found in the reference",
 }

@@ -65,6 +65,9 @@ class Totals:
         """Return nothing; takes a line of a frame or of a clip's end."""
         if row.get("end"):
             self.clips += 1
+            self.counts["unusable_clips"] = (self.counts["unusable_clips"] or 0) + (
+                "unusable" in row
+            )
         else:
             self.frames += 1
             self.compared += row["damage"] is None
