@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import struct
+import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -229,3 +231,34 @@ def test_pictures_are_measured_before_they_are_decoded() -> None:
             decode(encoded[: len(encoded) // 8], 128)
     progressive = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_PROGRESSIVE, 1))[1].tobytes()
     assert size_of(progressive) == (50, 70)
+
+
+def frame_header(jpeg: bytes) -> tuple[int, bytes]:
+    """Where a JPEG says its size, and all of that segment."""
+    at = jpeg.index(b"\xff\xc0")
+    return at, jpeg[at : at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")]
+
+
+@pytest.mark.parametrize("marker", [0x00, 0xC9, 0xC3])
+def test_a_jpeg_with_two_sizes_is_refused(marker: int) -> None:
+    """A large one for the decoder, behind what a careless reader steps over; a small one after."""
+    large = cv2.imencode(".jpg", np.zeros((4000, 4000, 3), np.uint8))[1].tobytes()
+    at, header = frame_header(large)
+    small = header[:5] + struct.pack(">HH", 64, 64) + header[9:]
+    veil = bytes([0xFF, marker]) + struct.pack(">H", 2 + len(header))
+    scan = large.index(b"\xff\xda")
+    scan += 2 + int.from_bytes(large[scan + 2 : scan + 4], "big")
+    for rest in (small + large[at + len(header) :], large[at + len(header) : scan] + small):
+        with pytest.raises(BadPicture, match="without a size"):
+            decode(large[:at] + veil + header + rest + large[scan:], 1280)
+
+
+def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded() -> None:
+    image = np.full((1280, 1280, 3), 99, np.uint8)
+    whole = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_PROGRESSIVE, 1))[1].tobytes()
+    assert decode(whole, 1280).shape == image.shape
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    begun_s = time.monotonic()
+    with pytest.raises(BadPicture, match="scans"):
+        decode(whole[:-2] + 40_000 * scan + whole[-2:], 1280)  # 100 s of work in half a megabyte
+    assert time.monotonic() - begun_s < 1.0

@@ -16,9 +16,12 @@ UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 
 PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 JPEG = b"\xff\xd8\xff"
-# Start of frame, of every coding that OpenCV's decoder takes; C4, C8 and CC are something else.
-JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
-JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # markers without a length
+JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # starts of a frame, as cameras and browsers code it
+# What may stand before: tables and metadata. A reader that steps over anything else may be led
+# past the frame that the decoder finds: other codings, the scan itself, markers of no meaning.
+JPEG_BEFORE = frozenset({0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)})
+JPEG_SCAN = b"\xff\xda"
+MOST_SCANS = 64  # the usual ten, with room: each costs a pass over the whole picture
 LEAST_SIDE = 32
 FRAME_SIDE, PORTRAIT_SIDE = 1280, 2048
 JPEG_QUALITY = 88
@@ -55,6 +58,8 @@ def size_of(encoded: bytes) -> tuple[int, int]:
             int.from_bytes(encoded[at + 4 : at + 8], "big"),
         )
     if encoded.startswith(JPEG):
+        if encoded.count(JPEG_SCAN) > MOST_SCANS:
+            raise BadPicture(f"a JPEG of more than {MOST_SCANS} scans")
         return _jpeg_size(encoded)
     raise BadPicture("neither a JPEG nor a PNG")
 
@@ -66,12 +71,9 @@ def _jpeg_size(encoded: bytes) -> tuple[int, int]:
         if marker in JPEG_FRAMES:
             height = int.from_bytes(encoded[at + 5 : at + 7], "big")
             return int.from_bytes(encoded[at + 7 : at + 9], "big"), height
-        if marker == 0xFF:  # padding
-            at += 1
-        elif marker in JPEG_ALONE:
-            at += 2
-        else:
-            at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+        if marker not in JPEG_BEFORE:
+            break
+        at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
     raise BadPicture("a JPEG without a size")
 
 
