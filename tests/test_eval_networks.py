@@ -174,3 +174,19 @@ def test_the_perceptual_distance_grows_with_damage_and_with_another_person() -> 
     assert values[0] == 0 and values == sorted(values)
     assert values[3] > 2 * values[2]
     assert judge.distance(other, first) == pytest.approx(values[3])
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_the_shipped_judge_is_what_the_export_makes(tmp_path: Path) -> None:
+    from diffusionact.export.judge import export_judge
+    from diffusionact.training.models.judge import load_judge
+
+    weights = Path(__file__).parents[1] / "training" / "checkpoints" / "judge.safetensors"
+    export_judge(load_judge(weights)[0], tmp_path / "judge.onnx")
+    inputs, outputs = ({spec.name: spec for spec in side} for side in judge_tensors())
+    again = RenderedJudge(open_network(tmp_path / "judge.onnx", inputs, outputs))
+    for picture in rendered(2):
+        a, b = again.read(picture), shipped_judge().read(picture)
+        np.testing.assert_array_equal(a.points, b.points)
+        assert again.distance(picture, picture[:, ::-1].copy()) > 0.1

@@ -288,17 +288,21 @@ def _make(arguments: argparse.Namespace, planned: list[Planned], instruments: In
             print(f"wrote {arguments.output / 'report.html'}")
     elif arguments.json and many:
         first = next(iter(summaries.values()))
-        print(json.dumps({**first, "run": planned[0].name, "runs": summaries}), flush=True)
+        _print({**first, "run": planned[0].name, "runs": summaries})
 
 
 def _tell(arguments: argparse.Namespace, run: str | None, row: Mapping[str, Any]) -> None:
     if arguments.json:
         named = row if run is None else {"run": run, **row}
-        print(json.dumps(named, separators=(",", ":"), allow_nan=False), flush=True)
+        _print(named)
     elif row.get("damage") and not arguments.quiet:
         print(f"{row['clip']}, frame {row['frame']}: {row['damage']}", file=sys.stderr)
     elif "unusable" in row and not arguments.quiet:
         print(f"{row['clip']}: not measured: {row['unusable']}", file=sys.stderr)
+
+
+def _print(values: Mapping[str, Any]) -> None:
+    print(json.dumps(values, separators=(",", ":"), allow_nan=False), flush=True)
 
 
 def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
