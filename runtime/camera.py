@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from diffusionact.errors import MediaError, SettingsError
-from diffusionact.runtime.media import NS, Frame, Reader, open_reader
+from diffusionact.runtime.media import FRAME_NS, NS, Frame, Image, Reader, open_reader
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class DeviceCamera:
         good, image = self._capture.read()
         if not good:
             raise CameraError(f"camera {self._name} stopped sending; plug it in again")
-        return Frame(np.asarray(image, np.uint8), self._capture_ns(time.monotonic_ns()))
+        return Frame(_in_colour(image), self._capture_ns(time.monotonic_ns()))
 
     def close(self) -> None:
         self._capture.release()
@@ -138,6 +138,13 @@ class DeviceCamera:
         """When the picture was taken: by Video4Linux, whose clock is ours; else now."""
         stamp_ns = round(float(self._capture.get(cv2.CAP_PROP_POS_MSEC)) * 1e6)
         return stamp_ns if 0 <= now_ns - stamp_ns < BELIEVED_NS else now_ns
+
+
+def _in_colour(image: Any) -> Image:
+    """A camera's picture as uint8 [H,W,3] BGR; infrared ones send grey."""
+    if image.ndim == 2 or image.shape[2] == 1:
+        image = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
+    return np.asarray(image, np.uint8)
 
 
 def _open_device(spec: str) -> Pictures:
@@ -241,7 +248,7 @@ class ClipCamera:
                 if self._closed.wait(max(due_ns - time.monotonic_ns(), 0) / NS):
                     return
                 yield replace(frame, pts_ns=due_ns)
-                end_ns = due_ns + frame.duration_ns
-            if not self.loop:
+                end_ns = due_ns + (frame.duration_ns or FRAME_NS)
+            if not self.loop or end_ns == begun_ns:  # a clip without a frame would loop in no time
                 return
             begun_ns = end_ns

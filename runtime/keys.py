@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
+
+# Arrows, function keys and Alt with a key are sequences that begin with Escape, and no Escape.
+SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|[^\x1b])")
 
 
 class TerminalKeys:
@@ -57,7 +61,8 @@ def _pressed_unix() -> list[str]:
 
     if not select.select([sys.stdin], [], [], 0.0)[0]:
         return []
-    return list(os.read(sys.stdin.fileno(), 64).decode("utf-8", "ignore").lower())
+    typed = os.read(sys.stdin.fileno(), 64).decode("utf-8", "ignore")
+    return list(SEQUENCE.sub("", typed).lower())
 
 
 def _pressed_windows() -> list[str]:

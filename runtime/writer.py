@@ -109,7 +109,7 @@ class _Atomic:
             self.part.mkdir() if folder else self.part.touch()
         except OSError as error:
             raise MediaError(
-                f"{target}: cannot be written ({error.strerror}); name another place with -o"
+                f"{target}: cannot be written ({error.strerror}); name another place"
             ) from error
 
     def __enter__(self) -> Any:

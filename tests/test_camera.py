@@ -74,6 +74,30 @@ def test_a_looped_clip_goes_on_in_time(face: Landmarks) -> None:
     assert camera.length is None
 
 
+@dataclass(frozen=True)
+class Bare:
+    """A clip that tells nothing but its frames."""
+
+    frames: list[Frame]
+    name: str = "bare"
+    live: bool = False
+    length: int | None = None
+    time_base: None = None
+
+    def __iter__(self) -> Iterator[Frame]:
+        return iter(self.frames)
+
+
+def test_a_looped_clip_takes_its_time_whatever_its_file_says() -> None:
+    camera, due = ClipCamera(Bare([Frame(grey(9), 0, 0)]), loop=True), []
+    for frame in camera:
+        due.append(frame.pts_ns)
+        if len(due) == 3:
+            camera.close()
+    assert np.diff(due).tolist() == [FRAME_NS] * 2
+    assert list(ClipCamera(Bare([]), loop=True)) == []
+
+
 def test_a_clip_that_is_not_by_the_clock_waits_to_be_taken(face: Landmarks) -> None:
     camera = ClipCamera(track(face, 5), realtime=False)
     assert not camera.live
@@ -184,11 +208,11 @@ def test_a_camera_that_never_was_there_is_an_error() -> None:
 class Capture:
     """What OpenCV gives for a device."""
 
-    def __init__(self, stamp_ms: float) -> None:
-        self._stamp_ms = stamp_ms
+    def __init__(self, stamp_ms: float, image: np.ndarray | None = None) -> None:
+        self._stamp_ms, self._image = stamp_ms, grey(9) if image is None else image
 
     def read(self) -> tuple[bool, np.ndarray | None]:
-        return True, grey(9)
+        return True, self._image
 
     def get(self, which: int) -> float:
         assert which == cv2.CAP_PROP_POS_MSEC
@@ -207,3 +231,9 @@ def test_the_drivers_time_of_capture_is_taken_where_it_can_be(
     wanted_ms = now_ms - ago_ms if believed else now_ms
     assert frame.pts_ns / 1e6 == pytest.approx(wanted_ms, abs=0.01 if believed else 30.0)
     assert DeviceCamera("0", Capture(0.0)).read().pts_ns / 1e6 >= now_ms  # no stamp at all
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (48, 64, 1)])
+def test_a_camera_without_colours_gives_three_of_them(shape: tuple[int, ...]) -> None:
+    image = DeviceCamera("0", Capture(0.0, np.full(shape, 7, np.uint8))).read().image_bgr
+    assert image is not None and np.array_equal(image, grey(7))

@@ -52,7 +52,7 @@ def test_keys_come_without_enter_and_the_terminal_is_restored() -> None:
     os.close(theirs)
     try:
         assert b"ready" in read_until(terminal, b"ready")
-        os.write(terminal, b"rQ2")
+        os.write(terminal, b"r\x1b[A\x1bOP\x1b[1;5CQ2")  # and Up, F1, Ctrl-Right
         assert b"saw r q 2 restored True" in read_until(terminal, b"True")
     finally:
         os.close(terminal)

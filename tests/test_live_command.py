@@ -13,7 +13,9 @@ import pytest
 
 from diffusionact import portrait_paths
 from diffusionact.cli import main
+from diffusionact.landmarks import Landmarks
 from diffusionact.runtime.media import NS, open_reader
+from tests.clips import grey, write
 
 
 def test_the_command_ends_with_one_line(
@@ -69,15 +71,20 @@ def test_a_signal_ends_the_session_and_keeps_its_file(
         (["--camera", "0", "--loop"], "for clips"),
         (["--sink", "screen"], "wanted window"),
         (["--latency", "100ms", "--fps", "20"], "one of them"),
+        (["--sink", "twice.mp4", "--sink", "./twice.mp4"], "twice"),
+        (["--camera", "{clip}", "--sink", "{clip}"], "would overwrite"),
     ],
 )
 def test_what_cannot_be_is_refused(
     toy_bundle: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    tmp_path: Path, face: Landmarks,
 ) -> None:  # fmt: skip
     base = ["live", "-s", str(portrait_paths()[0]), "--bundle", str(toy_bundle), "--backend", "ort"]
     if "--sink" not in words:
         base += ["--sink", str(tmp_path / "out.mp4")]
-    assert main([*base, *words]) == 2
+    clip = tmp_path / "clip.mkv"
+    write(clip, [grey(9), grey(90)], [0, NS], face)
+    before = clip.read_bytes()
+    assert main([*base, *(word.format(clip=clip) for word in words)]) == 2
     assert message in capsys.readouterr().err
-    assert list(tmp_path.glob("*.mp4")) == []
+    assert list(tmp_path.glob("*.mp4")) == [] and clip.read_bytes() == before

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from diffusionact.commands.exits import DONE, INTERRUPTED, TERMINATED
-from diffusionact.commands.model import load_reenactor
+from diffusionact.commands.model import load_reenactor, positive
 from diffusionact.commands.output import say
+from diffusionact.errors import SettingsError
 
 if TYPE_CHECKING:
     from diffusionact.runtime.control import Goal
@@ -51,7 +53,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     add("--latency", type=_milliseconds, metavar="T", help="keep to it, such as 100ms, by steps")
     add("--fps", type=float, metavar="N", help="keep to this rate by the number of steps")
-    add("--seconds", type=float, metavar="N", help="end after this time")
+    add("--seconds", type=positive, metavar="N", help="end after this time")
     add("--no-label", action="store_true", help="without the mark AI-generated in the corner")
     add("--no-overlay", action="store_true", help="begin without the figures in the window")
     add("--crop", action="store_true", help="the bare face, not pasted into the portrait")
@@ -76,7 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     goal = _goal(arguments)
     camera = open_camera(arguments.camera, realtime=arguments.realtime, loop=arguments.loop)
-    sinks = SeveralSinks([open_sink(spec) for spec in arguments.sink or ["window"]])
+    specs = arguments.sink or ["window"]
+    _check_sinks(specs, [arguments.camera, *arguments.source])
+    sinks = SeveralSinks([open_sink(spec) for spec in specs])
     if arguments.no_label:
         _warn_of_missing_label()
     settings = LiveSettings(
@@ -88,6 +92,17 @@ def run(arguments: argparse.Namespace) -> int:
         report = LiveSession(act, sources, camera, sinks, settings).run(ended.event)
     say(arguments, _values(report), _text(report, sinks.name))
     return ended.status
+
+
+def _check_sinks(specs: Sequence[str], inputs: Sequence[str]) -> None:
+    """Raises: SettingsError for a sink that is there twice, or that would overwrite an input."""
+    places = [os.path.realpath(spec) for spec in specs]
+    taken = {os.path.realpath(path) for path in inputs}
+    for i, (spec, place) in enumerate(zip(specs, places, strict=True)):
+        if place in places[:i]:
+            raise SettingsError(f"--sink {spec}: is there twice; name another, or leave one out")
+        if place in taken:
+            raise SettingsError(f"--sink {spec}: would overwrite what is read; name another")
 
 
 @dataclasses.dataclass

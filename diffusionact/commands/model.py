@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING
 
 from diffusionact.assets import bundle_path
@@ -74,6 +75,17 @@ def steps(text: str) -> int | tuple[int, ...]:
         message = f"{text!r}; wanted a count such as 8, or timesteps such as 0,250,500"
         raise argparse.ArgumentTypeError(message) from None
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def positive(text: str) -> float:
+    """Return a number above 0. Raises: argparse.ArgumentTypeError."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}; wanted a number above 0")
+    return number
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusionact.commands.exits import DONE, INTERRUPTED, TERMINATED
 from diffusionact.commands.extras import extra
-from diffusionact.commands.model import load_reenactor
+from diffusionact.commands.model import load_reenactor, positive
 from diffusionact.commands.output import say
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="where to listen (default: 127.0.0.1, this machine only); others need --token",
     )
-    add("--port", type=int, default=PORT, metavar="N", help=f"(default: {PORT}; 0: any)")
+    add("--port", type=_port, default=PORT, metavar="N", help=f"(default: {PORT}; 0: any)")
     add("--token", metavar="TEXT", help="wanted of every page; `new` makes one and prints it")
     add("--allow-host", action="append", default=[], metavar="NAME", help="a name it goes by")
     add("--tls", nargs=2, metavar=("CERT", "KEY"), help="https: certificate and key, PEM")
     add("--sessions", type=int, default=4, metavar="N", help="at once (default: 4)")
     add(
         "--idle",
-        type=float,
+        type=positive,
         default=120.0,
         metavar="S",
         help="seconds without a face until a session is closed (default: 120)",
@@ -71,6 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
     with load_reenactor(arguments) as act:
         told = partial(_tell, arguments, site)
         return asyncio.run(_until_ended(serve(Studio(act), site, told)))
+
+
+def _port(text: str) -> int:
+    """Return a port. Raises: argparse.ArgumentTypeError."""
+    if text.isdecimal() and int(text) < 65536:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}; wanted 0 to 65535")
 
 
 async def _until_ended(serving: Coroutine[Any, Any, None]) -> int:
