@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
-from diffusionact.assets import benchmark_path, driver_path
+from diffusionact.assets import benchmark_path, bundle_path, driver_path
 from diffusionact.cli import main
 from diffusionact.commands.exits import DONE, FAILED, REFUSED
 from diffusionact.evaluation.columns import COLUMNS
@@ -183,6 +183,21 @@ def test_steps_ablates_both_directions_and_the_noise(capsys: pytest.CaptureFixtu
     }
     by_name = {name: run["psnr"] for name, run in lines[-1]["runs"].items()}
     assert len(set(by_name.values())) == 6  # none is another in disguise
+
+
+def test_bundles_of_one_name_are_measured_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundles = []
+    for name in ("full", "without_gaze"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "face.bundle").symlink_to(bundle_path(), target_is_directory=True)
+        bundles.append(str(tmp_path / name / "face.bundle"))
+    run = ["self", "--identities", "1", *MODEL, "--bundle"]
+    last = told(capsys, *run, ",".join(bundles))[-1]
+    assert len(last["runs"]) == 2 and len({run["psnr"] for run in last["runs"].values()}) == 1
+    assert main(["eval", *run, ",".join([bundles[0]] * 2)]) == REFUSED
+    assert "two runs would both be" in capsys.readouterr().err
 
 
 def test_a_clip_of_the_users_is_moved_by_its_own_frames(

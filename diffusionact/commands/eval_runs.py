@@ -227,10 +227,15 @@ def _cases(arguments: argparse.Namespace, setups: list[Setup]) -> Iterator[tuple
 
 
 def _run_name(method: str, setup: Setup, setups: list[Setup]) -> str:
+    """The name of a run's folder: what differs between the runs, and no more than is needed."""
     if method not in OF_THE_MODEL:
         return method
     bundles = {each.bundle for each in setups}
-    return "-".join([method, *([setup.bundle.stem] if len(bundles) > 1 else []), setup.name])
+    stems = {bundle.stem for bundle in bundles}
+    of_bundle = setup.bundle.stem
+    if len(stems) < len(bundles):  # a/face.bundle and b/face.bundle
+        of_bundle = f"{setup.bundle.absolute().parent.name}.{of_bundle}"
+    return "-".join([method, *([of_bundle] if len(bundles) > 1 else []), setup.name])
 
 
 def _head(
@@ -266,8 +271,15 @@ def _mean_face(crowd: list[Person]) -> tuple[Any, Any]:
     )
 
 
+def _check_names(planned: list[Planned]) -> None:
+    names = [plan.name for plan in planned]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SettingsError(f"two runs would both be {twice[0]}; give each configuration once")
+
+
 def _make(arguments: argparse.Namespace, planned: list[Planned], instruments: Instruments) -> None:
     """Make the runs, tell their lines, keep them, and write the page."""
+    _check_names(planned)
     many = len(planned) > 1
     summaries = {}
     for plan in planned:
