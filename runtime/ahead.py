@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from typing import TypeVar
 
-from diffusionact.runtime.stream import Slot, Workers
+from diffusionact.runtime.handover import Slot, Workers
 
 T = TypeVar("T")
 

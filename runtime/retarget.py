@@ -32,7 +32,8 @@ from diffusionact.runtime.smoothing import OneEuro
 NECK_PIVOT = np.array([0.0, 1.0, 0.45])  # head units: where a head turns, top of the spine
 STEP_NS = 40_000_000  # between frames whose times nobody gives
 LONG_AGO_NS = -(1 << 62)
-LIVE_NEUTRAL_NS, LEAST_HEADS = 1_000_000_000, 5  # of a neutral face found live
+# Of a neutral face found live; no clock that hardly moves makes it gather more.
+LIVE_NEUTRAL_NS, LEAST_HEADS, MOST_HEADS = 1_000_000_000, 5, 300
 MOUTH_SCALE_RANGE = (0.6, 1.6)
 LID_RATIO_RANGE = (0.0, 1.15)  # beyond the upper end eyes look startled
 LIPS_APART = 0.08  # of the mouth's width: not a mouth at rest
@@ -221,7 +222,7 @@ class Retargeter:
             self._second_begins_ns = self._now_ns
         self._first_second = heads = [*heads, head]
         long_enough = self._now_ns - self._second_begins_ns >= LIVE_NEUTRAL_NS
-        if long_enough and len(heads) >= LEAST_HEADS:
+        if len(heads) >= (LEAST_HEADS if long_enough else MOST_HEADS):
             self._neutral, self._first_second = self._closed(calmest_of(heads, CALM_LIVE)), None
 
     def _closed(self, neutral: Head) -> Head:

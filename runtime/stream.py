@@ -1,8 +1,4 @@
-"""Frames from a reader to a sink while they come: reading, tracking, rendering and showing overlap.
-
-Each hand-over holds one frame. Live, a newer frame takes the place of one that waits, so that
-delay never grows; from files every frame is kept. The only threads of the package are here.
-"""
+"""Frames from a reader to a sink while they come: reading, tracking, rendering and showing overlap."""
 
 from __future__ import annotations
 
@@ -11,10 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, TypeVar
 
 from diffusionact.errors import NoFace
 from diffusionact.landmarks import Landmarks
+from diffusionact.runtime.handover import Slot, Workers
 from diffusionact.runtime.media import FRAME_NS, Frame, Reader, TrackReader
 from diffusionact.runtime.reenactor import Reenactor, Result
 from diffusionact.runtime.source import Source
@@ -22,83 +18,10 @@ from diffusionact.runtime.timing import StageTimes, StopWatch, Tally
 from diffusionact.runtime.tracker import Tracker
 from diffusionact.runtime.writer import Writer
 
-T = TypeVar("T")
-
-IDLE_S = 0.15  # of silence from a camera, then the portrait is moved without it, towards rest
+# Of silence from a camera (webcams in the dark send 5 a second), then the portrait is moved without
+# it, towards rest, at this period.
+SILENT_S, IDLE_S = 0.4, 0.08
 END_S = 5.0  # that a reader gets to end: a driver of a camera may sit in a call of its own
-
-
-class Slot(Generic[T]):
-    """A hand-over of depth one between two threads. newest_wins: put replaces what waits."""
-
-    def __init__(self, newest_wins: bool) -> None:
-        self._newest_wins = newest_wins
-        self._changed = threading.Condition()
-        self._item: T | None = None
-        self._closed = False
-        self.dropped = 0
-
-    def put(self, item: T) -> bool:
-        """Return False when the slot was closed and the item is not wanted any more."""
-        with self._changed:
-            if not self._newest_wins:
-                self._changed.wait_for(lambda: self._item is None or self._closed)
-            if self._closed:
-                return False
-            self.dropped += self._item is not None
-            self._item = item
-            self._changed.notify_all()
-            return True
-
-    def get(self, timeout_s: float | None = None) -> T | None:
-        """Return the next item, or None when the slot is closed and empty, or the time is up."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._item is not None or self._closed, timeout_s)
-            item, self._item = self._item, None
-            self._changed.notify_all()
-            return item
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing is left, and nothing will come."""
-        with self._changed:
-            return self._closed and self._item is None
-
-    def close(self) -> None:
-        """End the hand-over: what waits can still be taken, nothing more be put."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-
-class Workers:
-    """Threads whose first error is raised by `join`."""
-
-    def __init__(self) -> None:
-        self._threads: list[threading.Thread] = []
-        self._errors: list[BaseException] = []
-
-    def start(self, name: str, work: Callable[[], None], *at_end: Callable[[], None]) -> None:
-        thread = threading.Thread(target=self._guard, args=(work, at_end), name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def join(self, timeout_s: float | None = None) -> None:
-        """Return when all have ended, or the time is up. Raises: the first error of any."""
-        until_s = None if timeout_s is None else time.monotonic() + timeout_s
-        for thread in self._threads:
-            thread.join(None if until_s is None else max(until_s - time.monotonic(), 0.0))
-        if self._errors:
-            raise self._errors[0]
-
-    def _guard(self, work: Callable[[], None], at_end: tuple[Callable[[], None], ...]) -> None:
-        try:
-            work()
-        except BaseException as error:
-            self._errors.append(error)
-        finally:
-            for end in at_end:
-                end()
 
 
 @dataclass(frozen=True)
@@ -202,20 +125,20 @@ class Pipeline:
             watch = StopWatch()
 
     def _track(self) -> None:
-        while not self._frames.ended:
-            if (item := self._frames.get(IDLE_S)) is None:
-                if not self._reader.live or self._frames.ended:
-                    continue
-                now_ns = time.monotonic_ns()
-                tracked = _Tracked(None, None, now_ns, StopWatch(now_ns))
-            else:
+        wait_s = SILENT_S if self._reader.live else None
+        wanted = True
+        while wanted and not self._frames.ended:
+            if (item := self._frames.get(wait_s)) is not None:
                 frame, watch = item
                 watch.lap("wait for tracker")
                 face = self._find(frame)
                 watch.lap("track")
-                tracked = _Tracked(frame, face, frame.pts_ns, watch)
-            if not self._faces.put(tracked):
-                return
+                wanted = self._faces.put(_Tracked(frame, face, frame.pts_ns, watch))
+                wait_s = SILENT_S if self._reader.live else None
+            elif wait_s is not None and not self._frames.ended:
+                now_ns = time.monotonic_ns()
+                wanted = self._faces.offer(_Tracked(None, None, now_ns, StopWatch(now_ns)))
+                wait_s = IDLE_S
 
     def _draw(self) -> None:
         while (tracked := self._faces.get()) is not None:

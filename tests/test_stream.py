@@ -17,10 +17,11 @@ import pytest
 from diffusionact.errors import MediaError
 from diffusionact.landmarks import Landmarks, Track
 from diffusionact.runtime import stream as stream_module
+from diffusionact.runtime.handover import Slot
 from diffusionact.runtime.media import Frame, TrackReader, open_reader
 from diffusionact.runtime.reenactor import Reenactor, Result
 from diffusionact.runtime.source import Source
-from diffusionact.runtime.stream import Pipeline, Slot, stream
+from diffusionact.runtime.stream import Pipeline, stream
 from diffusionact.runtime.writer import open_writer
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -173,6 +174,33 @@ def test_a_stream_that_fails_leaves_nothing_behind(
     with pytest.raises(MediaError, match="unplugged"):
         stream(act, source, Camera(face, 5, 0.002, fail=True), open_writer(tmp_path / "out.mp4"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_offered_to_a_slot_displaces_nothing() -> None:
+    slot: Slot[int] = Slot(newest_wins=True)
+    assert slot.offer(1) and slot.offer(2)
+    assert (slot.get(), slot.dropped) == (1, 0)
+    slot.close()
+    assert not slot.offer(3) and slot.get() is None
+
+
+def test_a_slow_camera_is_not_taken_for_a_silent_one(
+    act: Reenactor, source: Source, face: Landmarks
+) -> None:
+    """Five pictures a second, as webcams send in the dark; then silence."""
+
+    class Silent(Camera):
+        def __iter__(self) -> Iterator[Frame]:
+            yield from super().__iter__()
+            time.sleep(0.8)
+
+    with Pipeline(
+        Silent(face, 5, 0.2), lambda frame: frame.landmarks,
+        lambda driver, pts_ns: act.reenact(driver, source, pts_ns),
+    ) as pipeline:  # fmt: skip
+        shown = [rendered.frame is not None for rendered in pipeline]
+    assert shown[:5] == [True] * 5 and len(shown) >= 8 and not any(shown[5:])
+    assert sum(pipeline.dropped.values()) == 0
 
 
 def test_a_slot_is_waited_for_no_longer_than_asked() -> None:
