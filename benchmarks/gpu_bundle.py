@@ -19,9 +19,9 @@ from benchmarks.gpu_variant import CONFIGS, PARTS, bare_manifest
 from diffusionact import manifest as manifest_file
 from diffusionact.errors import BackendMissing
 from diffusionact.export import to_onnx, wrap
-from diffusionact.gpu import gpu_here
 from diffusionact.manifest import ComponentSpec
 from diffusionact.runtime.component import BACKENDS
+from diffusionact.runtime.cuda import gpu_to_build_for
 
 
 def write_bundle(network: str, weights: Path, folder: Path, steps: int) -> None:
@@ -56,7 +56,8 @@ def build_engines(folder: Path, steps: int) -> None:
         from diffusionact.runtime.gate import Gate, on_gpu
 
         gate = Gate(folder, on_gpu)
-    for built in build.build(folder, build.Settings(here=gpu_here(), steps=(steps,)), gate=gate):
+    settings = build.Settings(here=gpu_to_build_for(), steps=(steps,))
+    for built in build.build(folder, settings, gate=gate):
         print(built.title, built.manifest.parity)
 
 

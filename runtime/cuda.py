@@ -98,6 +98,7 @@ def probe(index: int = 0) -> Gpu:
     return Gpu(name, f"sm_{major}{minor}", _driver_major())
 
 
+@functools.cache  # nvidia-smi takes up to seconds, and a GPU is asked for with every network
 def _driver_major() -> int:
     """The driver's own number, which engines are keyed by; 0 where nvidia-smi does not tell it, as
     in some containers: then only engines made ahead of time fit."""
@@ -106,6 +107,16 @@ def _driver_major() -> int:
     except DeviceError:
         return 0
     return seen.driver_major if seen else 0
+
+
+def gpu_to_build_for() -> Gpu | None:
+    """Return the GPU that this process would run engines on, as it will look them up: nvidia-smi
+    knows nothing of CUDA_VISIBLE_DEVICES and of MIG, so it is asked only where cuda-bindings are not
+    there to ask. None where there is no GPU.
+
+    Raises: DeviceError when there is one that does not answer.
+    """
+    return probe() if why_not() is None else gpu_here()
 
 
 def why_not() -> str | None:
@@ -329,9 +340,9 @@ class Device:
         # Thread-local: what other threads do, PyTorch's or a video decoder's, stays allowed.
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self.synchronize()
+        _done(driver.cuStreamBeginCapture(self.stream, mode))
         collects = gc.isenabled()
         gc.disable()  # what it frees may be memory of the GPU, which would spoil the recording
-        _done(driver.cuStreamBeginCapture(self.stream, mode))
         problem: Exception | None = None
         try:
             work()

@@ -241,6 +241,7 @@ class GraphLoop:
             recorded[key] = sampler.record(recorder, self._start_of(sampler), recorded.get(key))
         if recorder.why_eager is None and mode != "step":
             self._unroll(recorder, mode)
+            recorder.why_eager = None  # what is not one graph is its recorded steps
         self.why_eager = recorder.why_eager
         how: Mode = "turbo" if self._render.is_unrolled else "step"
         self.mode: Mode = how if self.why_eager is None else "eager"
@@ -251,7 +252,6 @@ class GraphLoop:
         one_by_one_s = self._timed(self._render)
         self._render.unroll(recorder, self._from_given)
         if not self._render.is_unrolled:
-            recorder.why_eager = None  # the steps one by one are recorded
             return
         unrolled_s = self._timed(self._render)
         self.seconds = {"step": one_by_one_s, "turbo": unrolled_s}

@@ -110,6 +110,8 @@ class _Lane:
         if device == "cuda":
             cuda: Any = torch.cuda  # its classes are without types
             self._stream = cuda.ExternalStream(stream) if stream else cuda.Stream()
+            # The weights came there on the default stream, for which ours does not wait by itself.
+            self._stream.wait_stream(cuda.current_stream())
             self._pool = cuda.MemPool()
 
     def tensor(self, array: Array) -> Tensor:
@@ -147,8 +149,8 @@ def open_model(
     threads: of this process's PyTorch, for all that it computes; 0 leaves them as they are;
     stream: the handle of the CUDA stream to run on, None makes one.
 
-    Raises: BackendMissing without safetensors; DeviceError without a usable GPU; BundleError when the weights are not at hand, are
-    damaged, or are not the network that the specs describe.
+    Raises: BackendMissing without safetensors; DeviceError without a usable GPU; BundleError when
+    the weights are not at hand, are damaged, or are not the network that the specs describe.
     """
     if found := problem(device):
         raise DeviceError(found)

@@ -235,10 +235,10 @@ def with_engines(bundle: Path, precision: str) -> Path:
     """A copy of the shipped bundle with engines for the GPU that is here."""
     pytest.importorskip("onnx", reason="engines are built with onnx")
     from diffusionact.engines import build
-    from diffusionact.gpu import gpu_here
+    from diffusionact.runtime.cuda import gpu_to_build_for
 
     shutil.copytree(bundle_path(), bundle, ignore=shutil.ignore_patterns("engines"))
-    settings = build.Settings(here=gpu_here(), precision=precision, steps=(STEPS["N"],))
+    settings = build.Settings(here=gpu_to_build_for(), precision=precision, steps=(STEPS["N"],))
     try:
         list(build.build(bundle, settings))
     except (BackendMissing, EngineError) as error:  # such as a GPU that the library does not know

@@ -443,7 +443,7 @@ def test_the_command_builds_and_tells(bundle: Path, capsys: pytest.CaptureFixtur
 def test_the_command_without_a_gpu_says_what_to_give(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffusionact.gpu.gpu_here", lambda: None)
+    monkeypatch.setattr("diffusionact.runtime.cuda.gpu_to_build_for", lambda: None)
     assert run_cli(bundle) == 2
     assert "--gpu sm_89,sm_120" in capsys.readouterr().err
     with pytest.raises(SystemExit):

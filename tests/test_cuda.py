@@ -107,6 +107,22 @@ def test_a_driver_whose_tool_does_not_answer_still_works(
     assert f"target='sm_90', driver_major={0 if silent else 580}" in done.stdout, done.stderr
 
 
+def test_engines_are_built_for_the_gpu_that_they_will_run_on(tmp_path: Path, double: Path) -> None:
+    """nvidia-smi's first GPU may be another: CUDA_VISIBLE_DEVICES and MIG do not reach it."""
+    calls = tmp_path / "calls"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho . >> {calls}; echo 'Another, 8.9, 580.65.06'")
+    tool.chmod(0o755)
+    code = "from diffusionact.runtime import cuda; cuda.probe(); print(cuda.gpu_to_build_for())"
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = on_double(double, "-c", code, PATH=path)
+    assert "name='Double of a GPU', target='sm_90', driver_major=580" in done.stdout, done.stderr
+    assert calls.read_text() == ".\n", "a slow tool: asked once"
+    done = on_double(double, "-c", code.replace("cuda.probe();", ""), PATH=path,
+                     CUDA_DOUBLE_NO_GPU="1")  # fmt: skip
+    assert "name='Another', target='sm_89'" in done.stdout, done.stderr
+
+
 def test_importing_it_loads_no_driver() -> None:
     code = (
         "import diffusionact.runtime.cuda, sys; print([m for m in sys.modules if m[:4] == 'cuda'])"

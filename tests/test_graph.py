@@ -285,6 +285,31 @@ def test_when_only_the_long_graph_fails_the_step_stays_recorded(
     np.testing.assert_array_equal(loop.frame(drawing(3)), wanted)
 
 
+def test_when_the_graph_of_another_step_count_fails_its_steps_stay_recorded(
+    open_on: Any, toy_bundle: Path, reference: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = RecordingDevice()
+    capture = device.capture
+
+    def short(work: Any) -> Any:
+        made = capture(work)
+        if len(made.parts) > 4 * 4:  # a step is four operations, the bundle's run four steps
+            raise DeviceError("too many nodes")
+        return made
+
+    monkeypatch.setattr(device, "capture", short)
+    loop = open_on(toy_bundle, device, also=(5,), mode="turbo")
+    assert (loop.mode, loop.why_eager) == ("turbo", None)
+    loop.set_source(drawing(1), noise(2))
+    for steps, graphs in ((5, 2 + 5), (4, 2 + 1)):
+        loop.set_steps(steps)
+        reference.set_steps(steps)
+        device.launched.clear()
+        wanted = wanted_frame(reference, drawing(1), drawing(3), noise(2))
+        np.testing.assert_array_equal(loop.frame(drawing(3)), wanted)
+        assert sum(operation[0] == "graph" for operation in device.launched) == graphs
+
+
 @pytest.mark.parametrize(("launch_s", "node_s", "mode"), [(10.0, 1.0, "turbo"), (1.0, 1.0, "step")])
 def test_the_faster_way_is_taken(
     launch_s: float, node_s: float, mode: str,

@@ -283,6 +283,26 @@ def test_what_cannot_be_recorded_leaves_the_stream_working(gpu: cuda.Device) -> 
     assert seen[0] == 3, "nothing of what was recorded has been done"
 
 
+def test_a_recording_that_cannot_begin_changes_nothing(
+    gpu: cuda.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = gpu._driver
+
+    class Busy:
+        """The driver, where another library records on the stream."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(driver, name)
+
+        def cuStreamBeginCapture(self, stream: int, mode: Any) -> Any:  # noqa: N802
+            return (driver.CUresult.CUDA_ERROR_ILLEGAL_STATE,)
+
+    monkeypatch.setattr(gpu, "_driver", Busy())
+    with pytest.raises(DeviceError, match="ILLEGAL_STATE"):
+        gpu.capture(lambda: pytest.fail("it has not begun"))
+    assert gc.isenabled()
+
+
 def test_a_damaged_cache_is_compiled_again(gpu: cuda.Device) -> None:
     source = (kernel_code.FOLDER / "steps.cu").read_bytes()
     path = kernel_code.cached_path("steps", source, gpu.gpu.target)
@@ -322,6 +342,7 @@ def test_a_thousand_replays_allocate_nothing_and_give_the_same(gpu: cuda.Device)
         loop = graph_loop(gpu, mode)
         loop.set_source(drawing(1), noise(2))
         wanted = loop.frame(drawing(3)).copy()
+        gc.collect()  # of former loops
         gpu.synchronize()
         before = cuda.free_bytes()
         ticket = loop.submit(drawing(3))

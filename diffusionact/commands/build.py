@@ -54,10 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
     with extra("build", "rtx"):
         from diffusionact.engines.build import Settings, describe
         from diffusionact.engines.build import build as build_engines
-        from diffusionact.gpu import gpu_here
+        from diffusionact.runtime.cuda import gpu_to_build_for
 
         settings = Settings(
-            here=None if arguments.gpu else gpu_here(),
+            here=None if arguments.gpu else gpu_to_build_for(),
             gpus=arguments.gpu,
             library=arguments.library,
             precision=arguments.precision,

@@ -9,8 +9,8 @@ from pathlib import Path
 from diffusionact import engine_files, trt_library
 from diffusionact.engine_files import Gpu, State
 from diffusionact.errors import DeviceError, DiffusionActError
-from diffusionact.gpu import gpu_here
 from diffusionact.manifest import Manifest
+from diffusionact.runtime.cuda import gpu_to_build_for
 from diffusionact.runtime.doctor.finding import Finding, found
 
 # What cannot be run because it was made for something else is no damage.
@@ -20,7 +20,7 @@ PASSED: Mapping[State, bool | None] = {"valid": True, "stale": None, "foreign": 
 def findings(bundle_dir: Path, manifest: Manifest) -> Iterator[Finding]:
     """Yield one finding for each engine; a damaged one fails."""
     try:
-        gpu: Gpu | None = gpu_here()
+        gpu: Gpu | None = gpu_to_build_for()
     except DeviceError:
         gpu = None
     versions = _versions()
