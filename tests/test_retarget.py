@@ -6,34 +6,40 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from diffusionact import portrait_paths
 from diffusionact.errors import BackendMissing, NoFace
-from diffusionact.landmarks import Landmarks, Track
-from diffusionact.morphable import angles, rendered_face, rotation
-from diffusionact.runtime.headpose import RIGID, Head, lift, take_apart
+from diffusionact.landmarks import Landmarks
+from diffusionact.morphable import angles, rendered_face
+from diffusionact.runtime.headpose import RIGID, lift, take_apart
 from diffusionact.runtime.media import read_image
 from diffusionact.runtime.neutral import (
     INNER_LIPS,
     LID_PAIRS,
-    calmest,
-    lid_openings,
-    lip_gap,
-    mouth_width,
 )
-from diffusionact.runtime.retarget import Retargeter, RetargetSettings, iris_place, soft_limit
+from diffusionact.runtime.retarget import Retargeter, soft_limit
 from diffusionact.runtime.smoothing import OneEuro
 from diffusionact.runtime.tracker import open_tracker
-
-FloatArray = npt.NDArray[np.float64]
+from tests.drivers import (
+    BLINK_A,
+    BLINK_B,
+    FPS,
+    JAW_OPEN,
+    SMILING,
+    FloatArray,
+    faces_of,
+    measured,
+    rendered_driver,
+    resting_source,
+    retargeted,
+    squint,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 # Real people (Intel IoT DevKit sample-videos, CC BY 4.0), tracked: a webcam clip at 30 fps, the
 # same with a face in 29 % of its frames, and a man who smiles all the time at 12.5 fps.
 NOD, GAPS, SMILE = (GOLDEN / f"driver_{name}.npz" for name in ("nod", "gaps", "smile"))
-SIDE_PX, FPS = 128, 30
 FOLLOWS = 0.95  # correlation of driver and target, over clips that move
 # Tracker noise of a still webcam face, of the eye distance, and what smoothing leaves of the
 # difference between frames.
@@ -46,67 +52,11 @@ BLINK_LEFT = 0.1  # of the eye's opening, at the deepest frame of a blink
 # Of what the tracker trembles by on a still picture with noise of 4 grey levels; a prototype of
 # ours, with the usual One-Euro, left 0.23 of less, and drifted by 0.035 eye distances in shape.
 LEFT_OF_CAMERA_NOISE, PROTOTYPE_DRIFT = 0.33, 0.035
-JAW_OPEN, SMILING, BLINK_A, BLINK_B = 0, 1, 10, 11  # in the face model's expressions
-
-
-def rendered_driver(
-    turn_deg: Sequence[float] = (0, 0, 0),
-    expression: dict[int, float] | None = None,
-    iris: Sequence[float] = (0, 0),
-    scale_px: float = 50.0,
-    depth: bool = True,
-) -> Landmarks:
-    """The mean face with a pose, an expression and irises moved in head units."""
-    face = rendered_face()
-    numbers = np.zeros(len(face.expression_basis))
-    for index, value in (expression or {}).items():
-        numbers[index] = value
-    shape = face.template + np.tensordot(numbers, face.expression_basis, 1)
-    eyes = np.stack([shape[36:42].mean(axis=0), shape[42:48].mean(axis=0)])
-    eyes[:, :2] += iris
-    turn = rotation(np.array(turn_deg, np.float64))
-    made = Head(shape, eyes, scale_px, turn, np.array([200.0, 150.0, 0.0])).landmarks()
-    if not depth:
-        made.points[:, 2] = np.nan
-    return made
 
 
 @pytest.fixture(scope="module")
 def source() -> Landmarks:
-    """The mean face in a crop."""
-    return rendered_driver(scale_px=SIDE_PX / 3.7).transformed(
-        np.array([[1.0, 0.0, SIDE_PX / 2 - 200.0], [0.0, 1.0, SIDE_PX / 2 - 150.0]])
-    )
-
-
-def measured(face: Landmarks) -> dict[str, float]:
-    """Pose in degrees, mouth and lids as ratios, gaze in half eye widths."""
-    head = take_apart(face, rendered_face().template)
-    yaw, pitch, roll = angles(head.rotation)
-    gaze_x, gaze_y = iris_place(head)
-    return {
-        "yaw": yaw, "pitch": pitch, "roll": roll,
-        "mouth": lip_gap(head.points) * mouth_width(head.points),
-        "width": mouth_width(head.points), "lids": float(lid_openings(head.points).mean()),
-        "gaze_x": gaze_x, "gaze_y": gaze_y,
-    }  # fmt: skip
-
-
-def squint(shut: float) -> dict[int, float]:
-    return {BLINK_A: float(shut), BLINK_B: float(shut)}
-
-
-def retargeted(
-    source: Landmarks, faces: Sequence[Landmarks | None], fps: float = FPS, **settings: object
-) -> list[Landmarks]:
-    retargeter = Retargeter(source, RetargetSettings(**settings))  # type: ignore[arg-type]
-    retargeter.calibrate(faces)
-    return [retargeter.target(face, round(i * 1e9 / fps)) for i, face in enumerate(faces)]
-
-
-def faces_of(path: Path) -> list[Landmarks | None]:
-    track = Track.load(path)
-    return [track[i] for i in range(len(track))]
+    return resting_source()
 
 
 def eye_distance(face: Landmarks) -> float:
@@ -329,61 +279,6 @@ def test_a_single_picture_drives_with_what_it_shows(source: Landmarks) -> None:
     assert seen["mouth"] > measured(source)["mouth"] + 0.1
 
 
-def test_live_the_first_second_is_the_neutral_face(source: Landmarks) -> None:
-    retargeter = Retargeter(source)
-    retargeter.calibrate()
-    aside, further = rendered_driver((10, 0, 0)), rendered_driver((30, 0, 0))
-    for i in range(31):
-        target = retargeter.target(aside, round(i * 1e9 / FPS))
-        np.testing.assert_allclose(target.points, source.points, atol=0.05)
-    for i in range(31, 90):
-        target = retargeter.target(further, round(i * 1e9 / FPS))
-    assert measured(target)["yaw"] == pytest.approx(20.0, abs=1.0)
-
-
-@pytest.mark.parametrize("smiling", [0.3, 0.6])
-def test_live_the_neutral_face_need_not_be_the_first(source: Landmarks, smiling: float) -> None:
-    """Someone who smiles, talks, blinks and turns while the neutral face is looked for."""
-    retargeter = Retargeter(source)
-    retargeter.calibrate()
-    rng = np.random.default_rng(0)
-    busy = {SMILING: 0.9, JAW_OPEN: 0.5}
-    for i in range(32):
-        turn = (rng.uniform(-15, 15), 0, 0) if rng.random() < smiling else (0, 0, 0)
-        wears = busy if i < 32 * smiling else {BLINK_A: 1.0, BLINK_B: 1.0} if i % 9 == 0 else {}
-        retargeter.target(rendered_driver(turn, wears), round(i * 1e9 / FPS))
-        assert retargeter.calibrating == (i < 30)
-    for i in range(32, 90):
-        target = retargeter.target(rendered_driver(), round(i * 1e9 / FPS))
-    rest, seen = measured(source), measured(target)
-    assert abs(seen["yaw"] - rest["yaw"]) < 4.0
-    assert seen["mouth"] == pytest.approx(rest["mouth"], abs=0.02)
-    assert seen["width"] == pytest.approx(rest["width"], rel=0.03)
-    assert seen["lids"] == pytest.approx(rest["lids"], rel=0.1)
-
-
-def test_live_a_neutral_face_is_not_made_of_one_frame(source: Landmarks) -> None:
-    retargeter = Retargeter(source)
-    retargeter.calibrate()
-    retargeter.target(rendered_driver(), 0)
-    for i in range(40):
-        retargeter.target(None, round((0.1 + i / 20) * 1e9))
-    retargeter.target(rendered_driver(), 3_000_000_000)
-    assert retargeter.calibrating
-
-
-def test_another_portrait_follows_on_without_calibrating(source: Landmarks) -> None:
-    one, other = Retargeter(source), Retargeter(source)
-    one.calibrate()
-    for i in range(40):
-        one.target(rendered_driver((10, 0, 0)), round(i * 1e9 / FPS))
-    other.follow_on(one)
-    assert not other.calibrating
-    for i in range(40, 80):
-        target = other.target(rendered_driver((30, 0, 0)), round(i * 1e9 / FPS))
-    assert measured(target)["yaw"] == pytest.approx(20.0, abs=1.0)
-
-
 def test_sessions_share_nothing(source: Landmarks) -> None:
     faces = [rendered_driver(), rendered_driver((20, 0, 0)), rendered_driver((-20, 5, 0))]
     alone = retargeted(source, faces)
@@ -395,11 +290,6 @@ def test_sessions_share_nothing(source: Landmarks) -> None:
         seen = one.target(face, pts_ns)
         other.target(faces[-1 - i], pts_ns)
         np.testing.assert_array_equal(seen.points, alone[i].points)
-
-
-def test_a_clip_without_a_face_has_no_neutral(source: Landmarks) -> None:
-    with pytest.raises(NoFace, match="no face in any frame"):
-        Retargeter(source).calibrate([None, None])
 
 
 def broken(face: Landmarks, how: str) -> Landmarks:
@@ -428,17 +318,6 @@ def test_what_is_no_face_counts_as_none(source: Landmarks, how: str) -> None:
         np.testing.assert_array_equal(a.gaze, b.gaze)
     with pytest.raises(NoFace):
         Retargeter(source).calibrate([broken(turned, how)])
-
-
-def test_the_calmest_face_is_frontal_and_shut(source: Landmarks) -> None:
-    faces = [
-        rendered_driver((25, 0, 0)),
-        rendered_driver(expression={JAW_OPEN: 0.7}),
-        rendered_driver(expression={BLINK_A: 1.0, BLINK_B: 1.0}),
-        rendered_driver((2, 0, 0)),
-    ]
-    neutral = calmest(faces, rendered_face().template)
-    assert angles(neutral.rotation)[0] == pytest.approx(2.0, abs=0.5)
 
 
 def test_points_without_depth_are_lifted() -> None:
