@@ -25,7 +25,7 @@ from diffusionact.runtime.reenactor import Reenactor, Settings
 from diffusionact.runtime.timing import StageTimes
 from diffusionact.runtime.tracker import open_tracker
 
-SECONDS = 9.0
+SECONDS = 7.0
 MOST_MISSED = 0.2  # of the mouth's changes, on a machine too busy to show each
 
 
