@@ -174,8 +174,9 @@ def test_a_portrait_of_ones_own_with_the_face_that_is_picked(
 
     async def use(browser: Browser) -> None:
         async with browser.page() as page:
-            await page.socket.send_bytes(messages.portrait_message(png(image)))
+            await page.socket.send_bytes(messages.portrait_message(png(image), 7))
             found = await page.state("faces")
+            assert found["upload"] == 7
             assert found["size"] == [80, 90] and len(found["faces"]) == 2
             left, top, width, height = found["faces"][0]
             assert 0 <= left < left + width <= 80 and 0 <= top < top + height <= 90

@@ -277,6 +277,7 @@ def test_other_machines_are_let_in_with_a_token_only() -> None:
         Guard("short")
     Site(host="0.0.0.0", token=TOKEN)
     Site(host="::1")
+    assert not Guard(TOKEN).admits("\udcff" + TOKEN)  # a header with a byte that is no text
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM to send")

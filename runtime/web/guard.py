@@ -47,7 +47,8 @@ class Guard:
         """Return whether this is the token; takes as long for any wrong one."""
         if self._token is None:
             return True
-        return hmac.compare_digest((token or "").encode(), self._token.encode())
+        given, own = ((text or "").encode("utf-8", "replace") for text in (token, self._token))
+        return hmac.compare_digest(given, own)
 
 
 class Bucket:

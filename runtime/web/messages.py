@@ -37,7 +37,7 @@ class Kind(IntEnum):
 
     LANDMARKS = 1  # page: head, then 70 x 3 int16 when a face was seen, else nothing
     FRAME = 2  # page: head, then a JPEG of the camera
-    PORTRAIT = 3  # page: head, then a JPEG or PNG
+    PORTRAIT = 3  # page: head (frame: its number), then a JPEG or PNG
     NEXT = 16  # server: the head alone; one frame may come now
     PICTURE = 17  # server: head, times, JPEG
 
@@ -113,9 +113,10 @@ def frame_message(jpeg: bytes, frame: int, captured_us: int) -> bytes:
     return HEAD.pack(Kind.FRAME, 0, 0, frame, captured_us) + jpeg
 
 
-def portrait_message(encoded: bytes) -> bytes:
-    """Return the message that a page sends for a portrait of its user's."""
-    return HEAD.pack(Kind.PORTRAIT, 0, 0, 0, 0) + encoded
+def portrait_message(encoded: bytes, upload: int = 0) -> bytes:
+    """Return the message that a page sends for a portrait of its user's; upload: its number, which
+    the answer has."""
+    return HEAD.pack(Kind.PORTRAIT, 0, 0, upload, 0) + encoded
 
 
 def next_message() -> bytes:

@@ -128,7 +128,7 @@ class Visitor:
             raise Leave(Close.TOO_FAST, f"more than {self._limits.commands} commands at once")
         self._active_s = time.monotonic()
         if packet is not None:
-            await self._take_portrait(packet.body)
+            await self._take_portrait(packet)
         else:
             await self._take_command(read_command(str(message)))
 
@@ -140,19 +140,21 @@ class Visitor:
         elif command["do"] != "recalibrate":
             raise Malformed("an unknown command")
 
-    async def _take_portrait(self, encoded: bytes) -> None:
+    async def _take_portrait(self, packet: Packet) -> None:
         """Look for the faces in a user's portrait, and tell where they are."""
         self._upload = None
         try:
-            upload = await self._studio.upload(encoded)
+            upload = await self._studio.upload(packet.body)
         except BadPicture as error:
-            await self._say("bad-portrait", why=str(error))
+            await self._say("bad-portrait", upload=packet.frame, why=str(error))
         except BackendMissing:
-            await self._say("bad-portrait", why="this server has no face tracker")
+            why = "this server has no face tracker"
+            await self._say("bad-portrait", upload=packet.frame, why=why)
         else:
             self._upload = upload
             height, width = upload.image.shape[:2]
-            await self._say("faces", faces=upload.boxes(), size=[width, height])
+            size = [width, height]
+            await self._say("faces", upload=packet.frame, faces=upload.boxes(), size=size)
 
     async def _begin(self, command: Mapping[str, Any]) -> None:
         """Make the portrait ready, show it at rest, and ask for the first frame."""
@@ -269,9 +271,9 @@ class Visitor:
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if task.cancelled() or self._failed.done():
+        error = None if task.cancelled() else task.exception()  # and so it is seen
+        if self._failed.done():
             return
-        error = task.exception()
         if isinstance(error, BadPicture):
             self._failed.set_exception(Leave(Close.MALFORMED, str(error)))
         elif isinstance(error, (TimeoutError, asyncio.TimeoutError, ConnectionError)):

@@ -10,12 +10,13 @@ import { portraitMessage } from "./wire.js";
 
 const SLOW_TRACKING = 10;  // faces a second, below which pictures are suggested
 const JUDGE_MS = 5000;
+const COMMAND_GAP_MS = 1000;  // what the server takes of commands, see docs/serve.md
 
 const $ = (id) => document.getElementById(id);
 const screen = $("screen");
 const paper = screen.getContext("2d", { alpha: false });
 
-const site = await (await fetch("/api/site")).json();
+const site = await askSite();
 // Of the address, behind #: token=…, portrait=NAME, transport=frames, start, bare. Browsers keep it
 // to themselves, so that a token is in no server's log.
 const asked = new URLSearchParams(location.hash.slice(1));
@@ -29,6 +30,7 @@ const chooser = new Chooser();
 const wanted = { portrait: site.portraits[0], face: 0, transport: "landmarks", own: null };
 const flying = new Map();  // frames on their way: number -> what Camera said of them
 let live = false;  // the server has a portrait ready
+let starting = false;  // the camera is being asked for
 let judged = false;  // whether the browser's tracking was found too slow
 let judgeFrom = 0;
 
@@ -50,18 +52,31 @@ function buildGallery() {
   showStill(wanted.portrait);
 }
 
+async function askSite() {
+  try {
+    const answer = await fetch("/api/site");
+    if (!answer.ok) throw new Error(await answer.text());
+    return await answer.json();
+  } catch (error) {
+    say("The server does not answer. Is it running? Then reload this page.", "bad");
+    throw error;
+  }
+}
+
 async function showStill(name) {
   const image = new Image();
   image.src = `/portraits/${name}.png`;
-  await image.decode();
-  if (!live) show(image, image.naturalWidth, image.naturalHeight);
+  await image.decode().catch(() => {});
+  const current = !live && wanted.portrait === name && image.naturalWidth > 0;
+  if (current) show(image, image.naturalWidth, image.naturalHeight);
 }
 
 function choosePortrait(name) {
   wanted.portrait = name;
   markOwn(false);
+  live = false;
+  showStill(name);
   if (connection.isOpen) begin();
-  else showStill(name);
 }
 
 function markOwn(chosen) {
@@ -71,15 +86,21 @@ function markOwn(chosen) {
 }
 
 async function chooseOwn(file) {
+  let own;
   try {
-    wanted.own = await chooser.show(file);
+    own = await chooser.show(file);
   } catch {
     say("That file is no picture this browser can read.", "bad");
     return;
   }
+  wanted.own = own;
   pickNext = true;
-  if (connection.isOpen) connection.send(portraitMessage(wanted.own));
+  if (connection.isOpen) sendOwn();
   else connect();
+}
+
+function sendOwn() {
+  connection.send(portraitMessage(wanted.own, ++uploads));
 }
 
 function chooseTransport(name) {
@@ -96,16 +117,17 @@ async function start() {
     stop("Stopped.");
     return;
   }
-  $("start").disabled = true;
-  say("Waiting for the camera…", "busy");
+  if (starting) return;
+  starting = true;  // and not disabled: that would take the focus from who came by keyboard
+  say("Waiting for the camera: allow it if the browser asks.", "busy");
   try {
     await camera.start();
   } catch (error) {
     say(cameraTrouble(error), "bad");
-    $("start").disabled = false;
     return;
+  } finally {
+    starting = false;
   }
-  $("start").disabled = false;
   $("start").textContent = "Stop";
   if (connection.isOpen) begin();
   else connect();
@@ -116,6 +138,7 @@ function stop(why, tone = "calm") {
   camera.stop();
   connection.close();
   live = false;
+  settle();
   flying.clear();
   $("start").textContent = "Start the camera";
   $("recalibrate").disabled = $("record").disabled = true;
@@ -126,7 +149,7 @@ function record() {
   if (recorder.isRunning) recorder.stop();
   else recorder.start();
   $("record").textContent = recorder.isRunning ? "Stop and save" : "Record";
-  $("record").setAttribute("aria-pressed", String(recorder.isRunning));
+  $("record").classList.toggle("running", recorder.isRunning);
 }
 
 function cameraTrouble({ name }) {
@@ -145,16 +168,38 @@ function cameraTrouble({ name }) {
 // ---- what the connection says ----
 
 let pickNext = false;  // a face of the user's picture is to be picked, not to be taken again
+let uploads = 0;  // pictures sent; an answer to another than the last is not wanted any more
+let beginning = false;  // the server makes a portrait ready
+let again = 0;  // a timer: another one was chosen meanwhile
+let begunMs = -Infinity;
 
 function connect() {
   connection.open(() => {
-    if (pickNext || wanted.portrait === "own") connection.send(portraitMessage(wanted.own));
+    if (pickNext || wanted.portrait === "own") sendOwn();
     else begin();
   });
 }
 
-async function begin() {
+/** One portrait after the other, and no faster than the server takes commands: whoever walks
+    through the portraits by arrow key gets the last of them. */
+function begin() {
+  clearTimeout(again);
+  again = 0;
   live = false;
+  const waitMs = begunMs + COMMAND_GAP_MS - performance.now();
+  if (beginning || waitMs > 0) again = setTimeout(begin, Math.max(waitMs, 50));
+  else beginNow();
+}
+
+function settle() {
+  beginning = false;
+  clearTimeout(again);
+  again = 0;
+}
+
+async function beginNow() {
+  beginning = true;
+  begunMs = performance.now();
   flying.clear();
   camera.forget();
   const { transport } = wanted;
@@ -164,17 +209,24 @@ async function begin() {
   try {
     if (camera.isRunning) await camera.use(transport);
   } catch {
+    settle();
     notice("This browser cannot run the face tracker.", "Send camera pictures", toPictures);
     say("No face tracker in this browser.", "bad");
     return;
   }
-  if (transport !== wanted.transport) return;  // changed while the tracker was loading
+  if (!beginning) return;  // stopped while the tracker was loading
+  if (transport !== wanted.transport) {  // changed meanwhile
+    settle();
+    begin();
+    return;
+  }
   judgeFrom = performance.now();
   const { portrait, face } = wanted;
   connection.say({ do: "begin", portrait, transport, face });
 }
 
-async function pickFace({ faces, size }) {
+async function pickFace({ faces, size, upload }) {
+  if (upload !== uploads) return;
   if (!pickNext) {
     begin();  // the same picture again, after a lost connection
     return;
@@ -194,14 +246,24 @@ const SAID = {
   connecting: () => say("Connecting…", "busy"),
   warming: () => say("Preparing the portrait…", "busy"),
   ready() {
+    beginning = false;
+    if (again) return;  // another portrait was chosen meanwhile
     live = true;
     $("recalibrate").disabled = false;
     $("record").disabled = !Recorder.isPossible;
     if (!camera.isRunning) say("Ready. Start the camera and move.", "calm");
   },
   faces: pickFace,
-  "bad-portrait": ({ why }) => chooser.refuse(`This picture cannot be used: ${why}.`),
-  "no-tracker": () => say("The server has no face tracker: it takes 70 points only.", "bad"),
+  "bad-portrait"({ why, upload }) {
+    const text = `This picture cannot be used: ${why}.`;
+    if (upload === undefined) settle();
+    if (chooser.isOpen) chooser.refuse(text);
+    else say(`${text} Choose another portrait.`, "bad");
+  },
+  "no-tracker"() {
+    settle();
+    say("The server has no face tracker. Choose “70 points of your face”.", "bad");
+  },
   full: ({ seconds }) => lost(`All seats are taken. Trying again every ${seconds} s.`),
   lost: ({ seconds }) => lost(`Connection lost. Trying again in ${seconds} s.`),
   closed: ({ why }) => stop(CLOSED[why] ?? "The server ended the session.", "bad"),
@@ -216,6 +278,8 @@ const CLOSED = {
 
 function lost(text) {
   live = false;
+  settle();
+  begunMs = -Infinity;
   flying.clear();
   camera.forget();
   $("recalibrate").disabled = true;
@@ -226,6 +290,7 @@ async function showPicture({ detail: picture }) {
   const arrivedMs = performance.now();
   const sent = flying.get(picture.frame);
   flying.delete(picture.frame);
+  if (again || (sent === undefined && picture.frame !== 0)) return;  // of the portrait before
   const image = await createImageBitmap(picture.jpeg);
   show(image, image.width, image.height);
   image.close();
@@ -281,7 +346,9 @@ camera.addEventListener("send", ({ detail: sent }) => {
 });
 camera.addEventListener("tracked", ({ detail }) => meter.tracked(detail.spent));
 camera.addEventListener("fault", ({ detail }) => {
-  stop(detail.message === "unplugged" ? "The camera has gone." : "The camera failed.", "bad");
+  const gone = "The camera has gone. Connect it, then start again.";
+  const failed = "Your face could not be read. Start again, or send camera pictures.";
+  stop(detail.message === "unplugged" ? gone : failed, "bad");
 });
 connection.addEventListener("state", ({ detail }) => SAID[detail.state]?.(detail));
 connection.addEventListener("next", () => live && camera.ask());
@@ -289,7 +356,12 @@ connection.addEventListener("picture", showPicture);
 
 $("start").addEventListener("click", start);
 $("record").addEventListener("click", record);
-$("recalibrate").addEventListener("click", () => connection.say({ do: "recalibrate" }));
+let recalibratedMs = -Infinity;
+$("recalibrate").addEventListener("click", () => {
+  if (performance.now() - recalibratedMs < COMMAND_GAP_MS) return;
+  recalibratedMs = performance.now();
+  connection.say({ do: "recalibrate" });
+});
 $("notice-no").addEventListener("click", () => ($("notice").hidden = true));
 $("file").addEventListener("change", ({ target }) => {
   if (target.files.length > 0) chooseOwn(target.files[0]);
@@ -306,7 +378,7 @@ addEventListener("dragleave", () => $("drop").classList.remove("over"));
 addEventListener("drop", ({ dataTransfer }) => {
   $("drop").classList.remove("over");
   const file = [...dataTransfer.files].find(({ type }) => type.startsWith("image/"));
-  if (file) chooseOwn(file);
+  if (file && !chooser.isOpen) chooseOwn(file);
 });
 setInterval(() => {
   showReport(meter.report());

@@ -48,7 +48,12 @@ export class Camera extends EventTarget {
       this.stop();
       this.dispatchEvent(new CustomEvent("fault", { detail: new Error("unplugged") }));
     });
-    await this.#video.play();
+    try {
+      await this.#video.play();
+    } catch (error) {
+      this.stop();  // its light goes out
+      throw error;
+    }
     this.#running = true;
     this.#watch();
   }

@@ -20,6 +20,10 @@ export class Chooser {
     this.#dialog.addEventListener("close", () => this.#end(null));
   }
 
+  get isOpen() {
+    return this.#dialog.open;
+  }
+
   /** Show a picture; the bytes that are to be sent, as JPEG. Throws when it is no picture. */
   async show(file) {
     const picture = await createImageBitmap(file, { imageOrientation: "from-image" });

@@ -36,8 +36,8 @@ export function frameMessage(jpeg, frame, capturedUs) {
   return bytes;
 }
 
-export function portraitMessage(encoded) {
-  const { bytes } = message(KIND.portrait, encoded.length);
+export function portraitMessage(encoded, upload) {
+  const { bytes } = message(KIND.portrait, encoded.length, { frame: upload });
   bytes.set(encoded, HEAD_BYTES);
   return bytes;
 }
