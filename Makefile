@@ -37,11 +37,13 @@ lint: dev
 ## make gpu-check  on a GPU machine: the tests that need one, then times; within 8 minutes
 ## make gpu-bench  the times alone. Both install nothing: PyTorch is that of GPU_PYTHON (python3)
 GPU_PYTHON := python3
+# What the caller has put on the path, such as pytest or TensorRT, stays on it.
+ON_GPU = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON)
 gpu-check: links
-	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu --check
+	$(ON_GPU) -m benchmarks.gpu --check
 
 gpu-bench: links
-	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu
+	$(ON_GPU) -m benchmarks.gpu
 
 # A copy of the tree may have lost them.
 links:

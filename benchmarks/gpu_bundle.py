@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ def write_bundle(network: str, weights: Path, folder: Path, steps: int) -> None:
             networks[part] = kind(CONFIGS[network])
         networks[part].load_state_dict(kept[part], assign=True)
     part_folder = folder.with_name(f".part-{folder.name}")
+    shutil.rmtree(part_folder, ignore_errors=True)  # of one whose time was over
     part_folder.mkdir()
     tensors, components = manifest_file.component_tensors(bare), {}
     for name, module in wrap.components(networks["encoder"], networks["render"], None).items():

@@ -9,7 +9,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.gpu_floor import clocks
 from diffusionact import manifest as manifest_file
 from diffusionact import schedule
 from diffusionact.condition import Drawing
+from diffusionact.files import write_whole
 from diffusionact.manifest import Crop, Manifest, Sampling, Schedule, Training
 from diffusionact.runtime import torch as torch_backend
 from diffusionact.runtime.component import Component, fixed
@@ -156,8 +158,9 @@ class CpuRig:
     def picture(self) -> Any:
         return self.frame().copy()
 
-    def wait(self) -> None:
-        """Nothing: all is done."""
+    def free_bytes(self) -> int | None:
+        """Not told of the host's memory."""
+        return None
 
 
 class GpuRig:
@@ -170,6 +173,7 @@ class GpuRig:
         self.gpu = self._device.gpu.name
         self._request = request
         self._open: Opener | None = None
+        self._parts: dict[str, Component] = {}
         self.manifest = bare_manifest(request.network, request.steps)
         if request.backend == "torch":
             self._open = Opener(request, self._device.stream)
@@ -180,12 +184,12 @@ class GpuRig:
 
         if self._open is None:
             bundle = Path(self._request.bundle)
+            self._parts = {}
             self._loop: Any = graph.open_graph_loop(
                 bundle, manifest_file.read(bundle), self._device,
                 steps=self._request.steps, backend=self._request.backend,
-                precision=self._request.precision, mode=mode,  # type: ignore[arg-type]
+                precision=self._request.precision, wrap=self._noted, mode=mode,  # type: ignore[arg-type]
             )  # fmt: skip
-            self._parts = {}
         else:
             invert, render = (self._pass(n) for n in (INVERT_STEPS, self.manifest.render.steps))
             self._loop = graph.GraphLoop(
@@ -215,20 +219,28 @@ class GpuRig:
         return self._loop.frame(self._condition)
 
     def networks(self) -> dict[str, Callable[[], object]]:
-        """One encoder pass and one step, captured by themselves, waited for."""
+        """One encoder pass and one step, captured by themselves where they can be, waited for."""
         made = {}
         for name, part in (("encoder", "encoder"), ("step", "unet_step")):
             if part in self._parts:
                 made[name] = self._captured(self._parts[part])
         return made
 
+    def _noted(self, name: str, part: Component) -> Component:
+        self._parts.setdefault(name, part)
+        return part
+
     def _captured(self, part: Component) -> Callable[[], object]:
+        from diffusionact.runtime.graph import NOT_RECORDABLE
+
         part.run()
         self._device.synchronize()
-        graph = self._device.capture(part.run)
+        launch = part.run
+        if self._request.backend not in NOT_RECORDABLE:
+            launch = self._device.capture(part.run).launch
 
         def run() -> None:
-            graph.launch()
+            launch()
             self._device.synchronize()
 
         return run
@@ -237,8 +249,12 @@ class GpuRig:
         picture = self.frame().astype(np.float32) / LEVELS - 1.0
         return np.ascontiguousarray(picture.transpose(2, 0, 1)[None])
 
-    def wait(self) -> None:
+    def free_bytes(self) -> int | None:
+        """Of the GPU's memory, once it has nothing to do."""
+        from diffusionact.runtime import cuda
+
         self._device.synchronize()
+        return cuda.free_bytes()
 
 
 def inputs(manifest: Manifest) -> tuple[Any, Any, Any]:
@@ -284,17 +300,17 @@ def timed(work: Callable[[], object], count: int) -> dict[str, float]:
     }
 
 
-def measure(request: Request) -> list[dict[str, Any]]:
-    """A row for each mode that there is."""
+def measure(request: Request) -> Iterator[dict[str, Any]]:
+    """A row for each mode that there is, as it is measured."""
     began = time.perf_counter()
     rig = CpuRig(request) if request.device == "cpu" else GpuRig(request)
-    rows: list[dict[str, Any]] = []
     first: Any = None
     for mode in request.modes:
         seen = rig.start(mode)
         ready_s = time.perf_counter() - began
         picture = rig.picture()
         first = picture if first is None else first
+        before = rig.free_bytes()
         row: dict[str, Any] = {
             "backend": request.backend,
             "precision": request.precision,
@@ -306,14 +322,16 @@ def measure(request: Request) -> list[dict[str, Any]]:
             "as_first_mode": bool(np.array_equal(picture, first)),
             "frame": timed(rig.frame, request.frames),
         }
+        row["clocks"] = clocks()
+        if before is not None:
+            row["allocated_bytes"] = before - (rig.free_bytes() or 0)
         row |= {name: timed(run, request.frames) for name, run in rig.networks().items()}
         if "step" in row:
             inside = request.steps * row["step"]["p50_ms"] + row["encoder"]["p50_ms"]
             row["outside_networks_ms"] = round(row["frame"]["p50_ms"] - inside, 3)
         row |= against(request, picture)
         row["gpu"] = rig.gpu
-        rows.append(row)
-    return rows
+        yield row
 
 
 def against(request: Request, picture: Any) -> dict[str, float]:
@@ -331,46 +349,12 @@ def against(request: Request, picture: Any) -> dict[str, float]:
     }
 
 
-def flops(network: str) -> dict[str, float]:
-    """Operations of an encoder pass and of a step, counted without computing them."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config = CONFIGS[network]
-    with torch.device("meta"):
-        unet, encoder = UNet(config).eval(), ReenactmentEncoder(config).eval()
-        picture = torch.zeros(1, 3, config.image_size, config.image_size)
-        rows = torch.zeros(1, unet.modulation_size)
-    counted = {}
-    for name, work in (("encoder", lambda: encoder(picture, picture)),
-                       ("step", lambda: unet.step(picture, rows, rows))):  # fmt: skip
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            work()
-        counted[name] = float(counter.get_total_flops())
-    return counted
-
-
-def peak_flops(device: str, seconds: float = 1.0) -> float:
-    """Operations a second of the largest matrix product in half precision, bf16; fp32 on a CPU."""
-    side, kind = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
-    a = torch.ones(side, side, device=device, dtype=kind)
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    for _ in range(3):
-        a @ a
-    wait()
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ a
-        wait()
-        best = max(best, 5 * 2.0 * side**3 / (time.perf_counter() - start))
-    return best
-
-
 def main() -> None:
     request = Request(**json.loads(Path(sys.argv[1]).read_text()))
-    rows = measure(request)
-    Path(sys.argv[2]).write_text(json.dumps({"request": asdict(request), "rows": rows}))
+    rows: list[dict[str, Any]] = []
+    for row in measure(request):  # written one by one: the next may hang
+        rows.append(row)
+        write_whole(Path(sys.argv[2]), json.dumps({"request": asdict(request), "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from typing import Any
 from diffusionact._version import __version__
 
 LIBRARIES = (
-    "numpy", "onnxruntime", "openvino", "opencv-python-headless", "av", "torch", "cuda-core",
-    "tensorrt_cu13", "tensorrt_rtx_cu13_libs",
+    "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "opencv-python-headless", "av", "torch",
+    "triton", "nvidia-cudnn-cu13", "cuda-bindings", "tensorrt_cu13", "tensorrt_rtx_cu13_libs",
 )  # fmt: skip
 # The instruction sets that matter to convolutions, as Linux names them.
 FLAGS = (
