@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from diffusionact.assets import benchmark_path
-from diffusionact.commands.eval_people import rendered_person
+from diffusionact.commands.eval.people import rendered_person
 from diffusionact.evaluation.rendered import SEED, SIZE, save_people
 
 PEOPLE = 20

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from diffusionact.assets import judge_path
-from diffusionact.commands.eval_instruments import open_network, published_networks
+from diffusionact.commands.eval.instruments import open_network, published_networks
 from diffusionact.errors import BundleError, MediaError
 from diffusionact.evaluation.judge import RenderedJudge, judge_tensors
 from diffusionact.evaluation.networks import ARCFACE_POINTS, arcface_crop, find_networks

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusionact.assets import benchmark_path
-from diffusionact.commands.eval_people import people, rendered_person
+from diffusionact.commands.eval.people import people, rendered_person
 from diffusionact.errors import BundleError, SettingsError
 from diffusionact.evaluation.expression import ExpressionFit
 from diffusionact.evaluation.rendered import (
@@ -56,7 +56,7 @@ def test_more_people_continue_the_series(shipped: list[Person]) -> None:
 def test_the_shipped_people_need_no_renderer(
     shipped: list[Person], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffusionact.commands.eval_people.rendered_person", pytest.fail)
+    monkeypatch.setattr("diffusionact.commands.eval.people.rendered_person", pytest.fail)
     assert len(people()) == len(shipped) and len(people(3)) == 3
     with pytest.raises(SettingsError, match="wanted 1"):
         people(0)

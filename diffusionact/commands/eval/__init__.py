@@ -50,21 +50,21 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, compare or report."""
     if arguments.protocol in ("self", "cross", "steps", "pairs"):
-        from diffusionact.commands import eval_runs
+        from diffusionact.commands.eval import runs
 
-        made = eval_runs.run_pairs if arguments.protocol == "pairs" else eval_runs.run_model
+        made = runs.run_pairs if arguments.protocol == "pairs" else runs.run_model
         made(arguments)
         return DONE
     if arguments.protocol == "time":
-        from diffusionact.commands import eval_time
+        from diffusionact.commands.eval import time
 
-        eval_time.run_time(arguments)
+        time.run_time(arguments)
         return DONE
-    from diffusionact.commands import eval_reports
+    from diffusionact.commands.eval import reports
 
     if arguments.protocol == "compare":
-        return FAILED if eval_reports.compare(arguments) and arguments.fail else DONE
-    {"report": eval_reports.report, "study": eval_reports.study}[arguments.protocol](arguments)
+        return FAILED if reports.compare(arguments) and arguments.fail else DONE
+    {"report": reports.report, "study": reports.study}[arguments.protocol](arguments)
     return DONE
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffusionact.commands.eval_methods import Method, Moment
+from diffusionact.commands.eval.methods import Method, Moment
 from diffusionact.errors import MediaError, NoFace
 from diffusionact.evaluation.compared import Clip, Frame, Image, Load
 from diffusionact.evaluation.expression import ExpressionFit

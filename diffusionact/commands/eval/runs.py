@@ -15,13 +15,20 @@ import numpy as np
 
 from diffusionact import __version__
 from diffusionact import manifest as manifest_file
-from diffusionact.commands import eval_clips
-from diffusionact.commands.eval_instruments import (
+from diffusionact.commands.eval.clips import (
+    Plan,
+    cross_clips,
+    cross_person_clips,
+    pair_clips,
+    person_clips,
+    self_clips,
+)
+from diffusionact.commands.eval.instruments import (
     photo_instruments,
     picture_instruments,
     rendered_instruments,
 )
-from diffusionact.commands.eval_methods import (
+from diffusionact.commands.eval.methods import (
     METHODS,
     OF_THE_MODEL,
     Models,
@@ -30,7 +37,7 @@ from diffusionact.commands.eval_methods import (
     mean_reading,
     method_of,
 )
-from diffusionact.commands.eval_people import people
+from diffusionact.commands.eval.people import people
 from diffusionact.errors import BackendMissing, SettingsError
 from diffusionact.evaluation.columns import FRAME_COLUMNS, text_of
 from diffusionact.evaluation.compared import Clip
@@ -95,7 +102,7 @@ def run_pairs(arguments: argparse.Namespace) -> None:
         "result": str(arguments.result),
         "source": arguments.source and str(arguments.source),
     }
-    clips = partial(eval_clips.pair_clips, arguments.reference, arguments.result, source)
+    clips = partial(pair_clips, arguments.reference, arguments.result, source)
     _make(arguments, [Planned(arguments.result.stem, head, clips, None)], instruments)
 
 
@@ -165,11 +172,11 @@ def _on_people(
     for name, setup in _cases(arguments, setups):
         method = method_of(name, models, setup, mean[0])
         if arguments.protocol == "cross":
-            clips = partial(eval_clips.cross_person_clips, crowd, pairs, method, exact)
+            clips = partial(cross_person_clips, crowd, pairs, method, exact)
             total = len(pairs)
         else:
             found = mean[1] if name == "mean" else None
-            clips = partial(eval_clips.person_clips, crowd, method, found, arguments.large_pose)
+            clips = partial(person_clips, crowd, method, found, arguments.large_pose)
             total = len(crowd)
         yield Planned(_run_name(name, setup, setups), _head(arguments, data, name, setup), clips,
                       total)  # fmt: skip
@@ -182,7 +189,7 @@ def _on_footage(
     found = _footage(arguments)
     cross = arguments.protocol == "cross"
     retarget = arguments.landmarks == "eq8" or (arguments.landmarks == "auto" and cross)
-    plan = eval_clips.Plan(arguments.frames, retarget, arguments.large_pose)
+    plan = Plan(arguments.frames, retarget, arguments.large_pose)
     data: dict[str, Any] = {
         "data": [str(path) for path in arguments.data],
         "clips": [each.name for each in found],
@@ -202,8 +209,8 @@ def _on_footage(
         def clips(setup: Setup = setup, method: Any = method) -> Iterator[Clip]:
             act = models.of(setup).act
             if cross:
-                return eval_clips.cross_clips(act, found, pairs, method, plan)
-            return eval_clips.self_clips(act, found, method, plan)
+                return cross_clips(act, found, pairs, method, plan)
+            return self_clips(act, found, method, plan)
 
         head = _head(arguments, data, name, setup)
         yield Planned(_run_name(name, setup, setups), head, clips, None)

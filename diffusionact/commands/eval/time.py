@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from diffusionact.assets import driver_path, portrait_paths
-from diffusionact.commands.eval_methods import Setup, backends_here
+from diffusionact.commands.eval.methods import Setup, backends_here
 from diffusionact.commands.output import say
 from diffusionact.errors import BackendMissing
 from diffusionact.landmarks import Landmarks, Track, sidecar_path
