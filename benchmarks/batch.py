@@ -3,10 +3,10 @@
     python -m benchmarks.batch --json benchmarks/results/batch.json
     python -m benchmarks.batch --bundle full.bundle --repeats 3 --json benchmarks/results/batch.json
 
-The frames of a clip share x_T and the timesteps, so that they could be rendered together. A copy
-of the bundle's step network is made for each batch, its results held to those of one frame at a
-time, and all sizes are timed in turns. A ratio below 1 means that the batch pays. With --json the
-result is added to those that the file holds of other bundles.
+The frames of a clip share x_T and the timesteps, so that they can be rendered together. Each
+backend's network for a batch, or where it has none a copy of the bundle's that is made here, is
+held to one frame at a time, and all sizes are timed in turns. A ratio below 1 means that the batch
+pays. With --json the result is added to those that the file holds of other bundles.
 """
 
 from __future__ import annotations
@@ -109,33 +109,6 @@ def _modulated(norm: onnx.NodeProto, rows: list[str]) -> list[onnx.NodeProto]:
     ]
 
 
-def norms_of_a_batch() -> None:
-    """Make the OpenVINO backend put means in the place of the group norms of batches, too."""
-    import openvino.opset13 as op
-
-    from diffusionact.runtime import openvino as backend
-
-    def norm(node: Any) -> Any:
-        x, weight, bias = (port.get_source_output() for port in node.inputs())
-        batch, channels, *sizes = node.get_output_shape(0)
-        how = node.get_attributes()
-        column = np.array([channels, *[1] * len(sizes)])
-        rows = np.array([batch, how["num_groups"], channels // how["num_groups"]])
-        axes = np.arange(2, 2 + len(sizes))
-
-        def by_group(values: Any) -> Any:
-            means = op.reduce_mean(op.reshape(values, rows, False), np.array([2]), keep_dims=True)
-            return op.reshape(op.broadcast(means, rows), np.array([batch, *column]), False)
-
-        apart = op.subtract(x, by_group(op.reduce_mean(x, axes, keep_dims=True)))
-        variance = by_group(op.reduce_mean(op.multiply(apart, apart), axes, keep_dims=True))
-        deviation = op.sqrt(op.add(variance, op.constant(np.float32(how["epsilon"]))))
-        scale = op.divide(op.reshape(weight, np.array([1, *column]), False), deviation)
-        return op.add(op.multiply(apart, scale), op.reshape(bias, np.array([1, *column]), False))
-
-    backend._norm = norm
-
-
 def open_variants(
     backend: str, precision: str, paths: Mapping[int, Path], specs: tuple[Specs, Specs]
 ) -> list[Variant]:
@@ -152,9 +125,11 @@ def open_variants(
             {name: replace(spec, shape=(batch, *spec.shape[1:])) for name, spec in part.items()}
             for part in specs
         )
-        network = module.open_model(
-            path, inputs, outputs, device="cpu", threads=0, precision=precision
-        )
+        how = {"device": "cpu", "threads": 0, "precision": precision}
+        if hasattr(module, "open_together") and batch > 1:
+            network = module.open_together(paths[1], *specs, frames=batch, **how)
+        else:
+            network = module.open_model(path, inputs, outputs, **how)
         arrays = {name: frames[name][:batch].copy() for name in inputs}
         arrays |= {name: np.zeros(spec.shape, np.float32) for name, spec in outputs.items()}
         network.bind(**arrays)
@@ -202,7 +177,9 @@ def measure(variants: list[Variant], repeats: int) -> Mapping[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--bundle", type=Path, default=bundle_path())
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 2, 4], help="1, and what is held to it"
+    )
     parser.add_argument("--backends", nargs="+", default=["ort:fp32", "openvino:fp32"])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path)
@@ -223,13 +200,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DIFFUSIONACT_CACHE"] = folder  # these copies are nothing to keep
         model = onnx.load(arguments.bundle / spec.file)
-        paths = {batch: Path(folder) / f"step_{batch}.onnx" for batch in sorted(arguments.batches)}
+        paths = {
+            batch: Path(folder) / f"step_{batch}.onnx" for batch in sorted({1, *arguments.batches})
+        }
         for batch, path in paths.items():
             onnx.save(widened(model, batch), path)
         for name in arguments.backends:
             backend, _, precision = name.partition(":")
-            if backend == "openvino":
-                norms_of_a_batch()
             variants = open_variants(backend, precision, paths, specs)
             worst = worst_difference(variants, specs)
             if not worst <= TOLERANCE[precision]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -20,6 +21,8 @@ Array: TypeAlias = npt.NDArray[Any]
 # backend -> the module that opens it; a new backend is a module and a line here. A module has
 # DEVICES and PRECISIONS, the best first (precisions: of those that work on this machine, by device
 # where they differ), and open_model(path, inputs, outputs, device, threads, precision) -> Component.
+# One that runs a network for several frames at once has open_together, the same with `frames`, and
+# AT_ONCE: precision -> how many of a clip's frames it is fastest with.
 BACKENDS: Mapping[str, str] = {
     "ort": "diffusionact.runtime.ort",
     "openvino": "diffusionact.runtime.openvino",
@@ -60,13 +63,15 @@ def open_component(
     precision: str = "auto",
     threads: int = 0,
     sizes: Mapping[str, int] | None = None,
+    frames: int = 1,
     stream: int | None = None,
 ) -> Component:
     """Return component `name` of the bundle, or of its tracker, opened but not bound.
 
     device, precision: "auto" takes the backend's best; threads: 0 leaves the number to the
-    backend; sizes: what the manifest's named sizes are in this run, such as {"N": steps}; stream:
-    of device "cuda", the handle of the one that the component runs on.
+    backend; sizes: what the manifest's named sizes are in this run, such as {"N": steps}; frames:
+    at once, each with its own row of every tensor (see `frames_at_once`); stream: of device "cuda",
+    the handle of the one that the component runs on.
 
     Raises: SettingsError for an unknown backend or a precision it lacks here, BackendMissing when
     its library is not installed, DeviceError for a device it cannot use, BundleError when the
@@ -82,7 +87,8 @@ def open_component(
     spec = parts[name]
     on_stream = {"stream": stream} if chosen == "cuda" else {}
     inputs, outputs = (fixed(specs, sizes or {}) for specs in (spec.inputs, spec.outputs))
-    component: Component = module.open_model(
+    opener = partial(module.open_together, frames=frames) if frames > 1 else module.open_model
+    component: Component = opener(
         bundle_dir / spec.file,
         inputs,
         outputs,
@@ -127,6 +133,20 @@ def open_reusing(
     names = ("unet_step", "unet_step_shallow")
     whole, shallow = (recorder.watched(n, part) for n, part in zip(names, pair, strict=True))
     return whole, shallow
+
+
+def frames_at_once(backend: str, device: str, precision: str, asked: int | None = None) -> int:
+    """Return how many frames of a clip one network takes at once: what was asked for, or what the
+    backend is fastest with in a precision. Raises: as open_component, and SettingsError where
+    several were asked for and the backend takes one."""
+    module, chosen, rounding = _resolved(backend, device, precision)
+    several = hasattr(module, "open_together") and chosen == "cpu"
+    if not several and (asked or 1) > 1:
+        raise SettingsError(
+            f"at_once={asked}: backend {backend!r} renders one frame at a time; choose 'openvino' "
+            "on a CPU, or leave it out"
+        )
+    return asked or (int(module.AT_ONCE[rounding]) if several else 1)
 
 
 def device_of(backend: str, device: str) -> str:

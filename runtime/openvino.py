@@ -1,8 +1,7 @@
-"""OpenVINO on the CPU, in bfloat16 where the hardware has it; the only importer of openvino.
+"""OpenVINO on the CPU, in bfloat16 where the hardware has it.
 
-Models come from the bundle's ONNX files and are changed as they are loaded, in memory only: the
-group norms become means over channels (`_rewrite_norms`), which the CPU plugin runs several times
-faster than its own. What it compiled is kept on disk (`_compiled`).
+Models come from the bundle's ONNX files and are changed as they are loaded, in memory only, by
+`openvino_graph.py`. What was compiled is kept on disk (`_compiled`).
 """
 
 from __future__ import annotations
@@ -12,46 +11,29 @@ import json
 import logging
 import mmap
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from diffusionact.engine_files import cache_root
-from diffusionact.errors import BackendMissing, BundleError
+from diffusionact.errors import BundleError
 from diffusionact.files import write_whole
 from diffusionact.manifest import TensorSpec, file_sha256
 from diffusionact.runtime.component import check_bound
+from diffusionact.runtime.openvino_graph import DEEP, Part, check_wide, cut, rewrite_norms, widen
+from diffusionact.runtime.openvino_library import openvino
 from diffusionact.runtime.trace import Layer, recording
-
-# Importing openvino reports the import to its makers over the network, unless the package that
-# does so cannot be imported: then openvino takes the empty one that it brings along.
-_TELEMETRY = "openvino_telemetry"
-_blocked = _TELEMETRY not in sys.modules
-try:
-    if _blocked:
-        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]
-    import openvino
-    import openvino.opset13 as op
-except ImportError as error:
-    raise BackendMissing(
-        f"backend 'openvino' needs openvino ({error}); run: pip install 'diffusionact[openvino]'"
-    ) from error
-finally:
-    if _blocked:
-        sys.modules.pop(_TELEMETRY, None)
 
 Array: TypeAlias = npt.NDArray[Any]
 
-Part: TypeAlias = Literal["", "whole", "shallow"]  # of a network that is cut
-
 DEVICES = ("cpu",)
-DEEP = "deep"  # the tensor that a network is cut at
+# Frames of a clip that a network is fastest with at once: `python -m benchmarks.batch`.
+AT_ONCE: Mapping[str, int] = {"bf16": 4, "fp32": 1}
 FOLDER = "openvino"  # of the cache directory
 # Raised when other graphs are made of the same ONNX file: what was compiled before is stale.
 RECIPE = 1
@@ -177,6 +159,28 @@ def open_reusing(
     return whole, shallow
 
 
+def open_together(
+    path: Path,
+    inputs: Mapping[str, TensorSpec],
+    outputs: Mapping[str, TensorSpec],
+    *,
+    frames: int,
+    device: str,
+    threads: int,
+    precision: str,
+) -> OpenvinoComponent:
+    """Return a network that was made for one frame, for several: each has its own row of every
+    tensor. inputs, outputs: of one frame; other arguments and errors as of open_model."""
+    model = _compiled(path, inputs, outputs, _config(threads, precision), frames=frames)
+    return _kind()(model, _wide(inputs, frames), _wide(outputs, frames))
+
+
+def _wide(specs: Mapping[str, TensorSpec], frames: int) -> dict[str, TensorSpec]:
+    """The specs of one frame, with that many rows for one."""
+    shapes = {name: (int(spec.shape[0]) * frames, *spec.shape[1:]) for name, spec in specs.items()}
+    return {name: replace(spec, shape=shapes[name]) for name, spec in specs.items()}
+
+
 def _kind() -> type[OpenvinoComponent]:
     return OpenvinoComponent if recording() is None else _ProfiledComponent
 
@@ -196,12 +200,13 @@ def _compiled(
     outputs: Mapping[str, TensorSpec],
     config: Mapping[str, Any],
     part: Part = "",
+    frames: int = 1,
 ) -> _Compiled:
     """The model from the cache, or made from the .onnx file and put there.
 
     Raises: BundleError.
     """
-    kept = _cache_file(path, inputs, config["INFERENCE_PRECISION_HINT"], part)
+    kept = _cache_file(path, _wide(inputs, frames), config["INFERENCE_PRECISION_HINT"], part)
     found = _from_cache(kept, config)
     if found is not None:
         return found
@@ -210,8 +215,12 @@ def _compiled(
         _check_model(path, "inputs", model.inputs, inputs)
         _check_model(path, "outputs", model.outputs, outputs)
         model.reshape({name: list(spec.shape) for name, spec in inputs.items()})
-        _rewrite_norms(model)
-        made = _core().compile_model(_cut(path, model, part) if part else model, "CPU", config)
+        if frames > 1:
+            widen(model, frames)
+        rewrite_norms(model)
+        if frames > 1:
+            check_wide(path, model, frames)
+        made = _core().compile_model(cut(path, model, part) if part else model, "CPU", config)
     except RuntimeError as error:
         raise BundleError(
             f"{path}: OpenVINO {openvino.__version__} cannot open it ({_first_line(error)}). {_MEND}"
@@ -303,81 +312,6 @@ def _check_model(
                 f"{path}: {name!r} is {kind} {shape}; "
                 f"the manifest says {spec.dtype} {list(spec.shape)}. {_MEND}"
             )
-
-
-def _rewrite_norms(model: openvino.Model) -> None:
-    """Put means over channels, then over the few numbers that are left, in the place of every
-    group norm; the same values up to rounding.
-
-    The plugin's own goes through a reshape to [N, groups, -1], which breaks the channels-last
-    order that its convolutions want. Variances are of differences from the mean: E[x^2] - m^2
-    would save nothing here, and cancels where a mean is large.
-    """
-    for norm in model.get_ordered_ops():
-        if norm.get_type_name() != "GroupNormalization":
-            continue
-        made = _norm(norm)
-        made.set_friendly_name(norm.get_friendly_name())
-        for target in norm.output(0).get_target_inputs():
-            target.replace_source_output(made.output(0))
-    model.validate_nodes_and_infer_types()
-
-
-def _norm(norm: Any) -> Any:
-    """One group norm of [1, C, *sizes], as a graph of plain operators."""
-    x, weight, bias = (port.get_source_output() for port in norm.inputs())
-    shape, how = list(norm.get_output_shape(0)), norm.get_attributes()
-    channels, groups = shape[1], how["num_groups"]
-    column = _integers([1, channels, *[1] * (len(shape) - 2)])
-    sizes = _integers(range(2, len(shape)))
-
-    def by_group(values: Any) -> Any:
-        rows = op.reshape(values, _integers([1, groups, channels // groups]), False)
-        means = op.reduce_mean(rows, _integers([2]), keep_dims=True)
-        spread = op.broadcast(means, _integers([1, groups, channels // groups]))
-        return op.reshape(spread, column, False)
-
-    mean = by_group(op.reduce_mean(x, sizes, keep_dims=True))
-    apart = op.subtract(x, mean)
-    variance = by_group(op.reduce_mean(op.multiply(apart, apart), sizes, keep_dims=True))
-    epsilon = op.constant(np.float32(how["epsilon"]))
-    deviation = op.sqrt(op.add(variance, epsilon))
-    scale = op.divide(op.reshape(weight, column, False), deviation)
-    return op.add(op.multiply(apart, scale), op.reshape(bias, column, False))
-
-
-def _cut(path: Path, model: openvino.Model, part: Part) -> openvino.Model:
-    """The whole model, which gives the features that meet its last skip connection too; or what
-    is left of it when these are given."""
-    joins = [
-        node
-        for node in model.get_ordered_ops()
-        if node.get_type_name() == "Concat" and _joins_features(node)
-    ]
-    if not joins:
-        raise BundleError(f"{path}: no skip connection to cut it at; approximate nothing")
-    deep = joins[-1].input_value(0)
-    parameters, results = model.get_parameters(), model.get_results()
-    if part == "whole":
-        deep.set_names({DEEP})
-        return openvino.Model([*(r.input_value(0) for r in results), deep], parameters, part)
-    given = op.parameter(deep.get_shape(), np.float32, DEEP)
-    given.output(0).set_names({DEEP})
-    for target in deep.get_target_inputs():
-        target.replace_source_output(given.output(0))
-    return openvino.Model([r.input_value(0) for r in results], [*parameters, given], part)
-
-
-def _joins_features(node: Any) -> bool:
-    return (
-        node.get_input_size() == 2
-        and len(node.get_output_shape(0)) == 4
-        and node.get_attributes()["axis"] in (1, -3)
-    )
-
-
-def _integers(values: Any) -> Any:
-    return op.constant(np.array(list(values), np.int64))
 
 
 def _first_line(error: Exception) -> str:

@@ -45,7 +45,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "mediapipe": ("runtime/tracker.py",),
     "cuda": ("runtime/cuda.py", "runtime/kernel_code.py"),
     "onnxruntime": ("runtime/ort.py", "export/parity.py"),
-    "openvino": ("runtime/openvino.py",),
+    "openvino": ("runtime/openvino_library.py",),
     "numba": ("training/rasterizer.py",),
     "nvtx": ("runtime/trace.py",),
     "pygame": ("runtime/window.py",),

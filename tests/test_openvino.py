@@ -16,7 +16,12 @@ from diffusionact import bundle_path
 from diffusionact import manifest as manifest_file
 from diffusionact.errors import BackendMissing, BundleError, SettingsError
 from diffusionact.manifest import TensorSpec
-from diffusionact.runtime.component import Component, open_component, open_reusing
+from diffusionact.runtime.component import (
+    Component,
+    frames_at_once,
+    open_component,
+    open_reusing,
+)
 from diffusionact.runtime.loop import open_loop
 from diffusionact.runtime.trial import fixed_input
 
@@ -162,6 +167,81 @@ def test_a_network_without_skip_connections_cannot_be_cut(toy_bundle: Path) -> N
         open_reusing(toy_bundle, manifest, backend="ort")
 
 
+TOGETHER_PSNR_DB = {"fp32": 90.0, "bf16": 45.0}  # to single frames; no bit differed here
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_frames_at_once_are_each_what_they_are_alone(precision: str) -> None:
+    if precision not in openvino.PRECISIONS:
+        pytest.skip("this processor has no bfloat16")
+    bundle, frames = Path(bundle_path()), 3
+    manifest = manifest_file.read(bundle, verify=False)
+    together = open_component(
+        bundle, manifest, "unet_step",
+        backend="openvino", precision=precision, threads=1, frames=frames,
+    )  # fmt: skip
+    rng = np.random.default_rng(6)
+    inputs = {
+        n: rng.standard_normal(s.shape).astype(np.float32) for n, s in together.inputs.items()
+    }
+    inputs["x_t"][1:] = inputs["x_t"][0]  # as of a clip: the codes alone tell them apart
+    seen = ran(together, **inputs)["prediction"]
+    alone = shipped_step("openvino", precision)
+    for i in range(frames):
+        due = ran(alone, **{n: array[i : i + 1].copy() for n, array in inputs.items()})
+        error = np.sqrt(np.mean((seen[i] - due["prediction"][0]) ** 2.0)) + 1e-12
+        assert 20 * np.log10(np.ptp(seen[i]) / error) > TOGETHER_PSNR_DB[precision]
+        assert np.abs(seen[i] - seen[i - 1]).max() > 0.1, "frames that differ came out alike"
+
+
+def test_the_number_at_once_is_stated_for_every_precision() -> None:
+    assert set(openvino.AT_ONCE) >= set(openvino.PRECISIONS)
+    assert frames_at_once("openvino", "cpu", "fp32") == openvino.AT_ONCE["fp32"]
+    assert frames_at_once("openvino", "auto", "fp32", 7) == 7
+    assert frames_at_once("ort", "cpu", "auto") == frames_at_once("ort", "cpu", "auto", 1) == 1
+    with pytest.raises(SettingsError, match="at_once=2: backend 'ort' renders one frame at a time"):
+        frames_at_once("ort", "cpu", "auto", 2)
+
+
+def test_a_network_that_takes_one_frames_values_for_all_is_not_run_for_several(
+    tmp_path: Path, cache_dir: Path
+) -> None:
+    """Nothing would fail, and every frame would get the first one's motion."""
+    shape = (1, CHANNELS, SIDE, SIDE)
+    nodes = [
+        helper.make_node("Gather", ["scale", "first"], ["row"], axis=0),
+        helper.make_node("Reshape", ["row", "column"], ["factors"]),
+        helper.make_node("Mul", ["x", "factors"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "picks",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, shape),
+            helper.make_tensor_value_info("scale", TensorProto.FLOAT, (1, CHANNELS)),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [
+            numpy_helper.from_array(np.array(0, np.int64), "first"),
+            numpy_helper.from_array(np.array([CHANNELS, 1, 1], np.int64), "column"),
+        ],
+    )
+    path = tmp_path / "picks.onnx"
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path
+    )
+    specs = (
+        {
+            "x": TensorSpec("x", "float32", shape),
+            "scale": TensorSpec("scale", "float32", (1, CHANNELS)),
+        },
+        {"y": TensorSpec("y", "float32", shape)},
+    )
+    opened(path, specs)
+    with pytest.raises(BundleError, match=r"picks\.onnx: made for one frame at a time"):
+        openvino.open_together(path, *specs, frames=2, device="cpu", threads=1, precision="fp32")
+
+
 def test_a_compiled_model_is_kept_and_used_and_made_again_when_damaged(
     tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +253,7 @@ def test_a_compiled_model_is_kept_and_used_and_made_again_when_damaged(
     assert kept.name.startswith("norm-") and kept.suffix == ".blob"
 
     with monkeypatch.context() as patch:
-        patch.setattr(openvino, "_rewrite_norms", lambda model: pytest.fail("compiled again"))
+        patch.setattr(openvino, "rewrite_norms", lambda model: pytest.fail("compiled again"))
         part = opened(path, specs)
         kept.unlink()  # what was mapped stays
         np.testing.assert_array_equal(ran(part, x=x)["y"], first)
