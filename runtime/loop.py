@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
@@ -100,6 +101,8 @@ class _Sampler:
         scale = _buffer(self._modulation.outputs["scale"])
         shift = _buffer(self._modulation.outputs["shift"])
         self._modulation.bind(z=self._z, time_rows=direction.time_rows, scale=scale, shift=shift)
+        self._scale, self._shift = scale, shift
+        self.run = direction.run
         # A row is copied to where the step network reads: 1 us, where binding anew takes 5 to 12.
         last = self.steps - 1
         self._rows = tuple(
@@ -126,6 +129,36 @@ class _Sampler:
             bound_step(network, step)
         return bound_step.x
 
+    def modulate(self, z: Float32Array) -> tuple[Float32Array, Float32Array]:
+        """Return scale and shift of a code for all timesteps, float32 [T,K]; valid until the next
+        call."""
+        np.copyto(self._z, z)
+        self._modulation.run()
+        return self._scale, self._shift
+
+
+class _Together:
+    """A step network of several frames and its buffers, for runs of any length up to the longest."""
+
+    def __init__(self, unet_step: Component, longest: int) -> None:
+        self._bound_step = _BoundStep(unet_step)
+        self._scale = np.zeros((longest, *self._bound_step.scale.shape), np.float32)
+        self._shift = np.zeros_like(self._scale)
+
+    def sample(self, sampler: _Sampler, start: Float32Array, codes: Float32Array) -> Float32Array:
+        """Return the ends of a run with the same start and other codes; memory as of a sampler."""
+        bound_step, count = self._bound_step, sampler.steps
+        for i in range(len(codes)):
+            scale, shift = sampler.modulate(codes[i : i + 1])
+            np.copyto(self._scale[:count, i], scale)
+            np.copyto(self._shift[:count, i], shift)
+        np.copyto(bound_step.x, start)
+        for step in sampler.run.steps:
+            np.copyto(bound_step.scale, self._scale[step.row])
+            np.copyto(bound_step.shift, self._shift[step.row])
+            bound_step(bound_step.whole, step)
+        return bound_step.x
+
 
 class Loop:
     """Encoder, render and inversion over components of any backend."""
@@ -136,10 +169,11 @@ class Loop:
         render: Pass,
         invert: Pass | Callable[[], Pass],
         others: Sequence[Pass] = (),
+        together: Callable[[], Component] | None = None,
     ) -> None:
         """invert: or what opens it, where it has weights of its own: memory that is only taken
         while a portrait is inverted; others: further ways to render, over the step network of the
-        first, for `set_steps`.
+        first, for `set_steps`; together: opens the step network of several frames.
         """
         self._encoder = encoder
         self._image = _buffer(encoder.inputs["image"])
@@ -151,6 +185,8 @@ class Loop:
         self._render = samplers[0]
         self._prepared = {sampler.steps: sampler for sampler in reversed(samplers)}
         self._inverter = _inverter(invert, bound_step, render.unet_step)
+        self._open_together = together
+        self._together: _Together | None = None
 
     @property
     def steps(self) -> int:
@@ -190,6 +226,24 @@ class Loop:
         """
         return self._render.sample(x_T, z)
 
+    def open_together(self) -> None:
+        """Return nothing; `render_together` is ready. Live frames never need it, so that its network
+        takes no memory before. Raises: SettingsError, BundleError."""
+        if self._open_together is None:
+            raise SettingsError("this loop renders one frame at a time")
+        if self._together is None:
+            self._together = _Together(self._open_together(), max(self.prepared))
+
+    def render_together(self, x_T: Float32Array, codes: Float32Array) -> Float32Array:
+        """Return the pictures of several codes, float32 [B,3,S,S]; valid until the next call.
+
+        x_T: float32 [1,3,S,S], of all; codes: float32 [B,Z], a row for each z of `render`, as many
+        as open_loop was told.
+        """
+        if self._together is None:
+            raise SettingsError("call open_together before")
+        return self._together.sample(self._render, x_T, codes)
+
     def invert(self, x_0: Float32Array, z: Float32Array) -> Float32Array:
         """Return the stochastic code x_T of a picture, float32 [1,3,S,S], a copy of its own.
 
@@ -225,6 +279,7 @@ def open_loop(
     precision: str = "auto",
     threads: int = 0,
     approximate: Approximation | None = None,
+    at_once: int = 1,
     wrap: Callable[[str, Component], Component] | None = None,
 ) -> AnyLoop:
     """Return the loop of a bundle: on device "cuda" the one of `graph.py`.
@@ -233,7 +288,8 @@ def open_loop(
     also: counts to prepare besides, between which `Loop.set_steps` changes at no cost;
     backend, precision: as of open_component, which knows no choice between backends; for that see
     runtime/choice.py; approximate: "reuse" runs the deep part of the step network in the first,
-    the last and every third step only; wrap: makes of a component, by its name, the one that is used.
+    the last and every third step only; at_once: the frames of `Loop.render_together`, on a CPU;
+    wrap: makes of a component, by its name, the one that is used.
 
     Raises: what open_component raises, and SettingsError for steps that no schedule gives.
     """
@@ -249,7 +305,7 @@ def open_loop(
             steps=steps, also=also, backend=backend, precision=precision, wrap=wrap,
         )  # fmt: skip
 
-    def component(name: str, count: int) -> Component:
+    def component(name: str, count: int, frames: int = 1) -> Component:
         opened = open_component(
             bundle_dir,
             manifest,
@@ -259,6 +315,7 @@ def open_loop(
             precision="fp32" if name in ONCE else precision,
             threads=threads,
             sizes={"N": count},
+            frames=frames,
         )
         return wrap(name, opened) if wrap else opened
 
@@ -292,7 +349,8 @@ def open_loop(
     invert = own_inversion if own else direction(inversion_run, "", step)
     counts = sorted(set(also) - {len(render_run.timesteps)})
     others = [direction(runs(manifest, count)[0], "", step, shallow) for count in counts]
-    return Loop(component("encoder", 1), render, invert, others)
+    together = partial(component, "unet_step", 1, at_once) if at_once > 1 else None
+    return Loop(component("encoder", 1), render, invert, others, together)
 
 
 def runs(manifest: Manifest, steps: int | Sequence[int] | None = None) -> tuple[Run, Run]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,12 @@ import numpy.typing as npt
 
 from diffusionact import manifest as manifest_file
 from diffusionact.condition import draw_condition
-from diffusionact.errors import NoFace, SettingsError
+from diffusionact.errors import BundleError, NoFace, SettingsError
 from diffusionact.image import bgr_to_rgb, check_image, to_tensor, to_uint8, warp_crop
 from diffusionact.landmarks import Landmarks, Track, crop_matrix
 from diffusionact.manifest import Manifest
 from diffusionact.runtime.choice import choose
-from diffusionact.runtime.component import BACKENDS, PRECISIONS
+from diffusionact.runtime.component import BACKENDS, PRECISIONS, frames_at_once
 from diffusionact.runtime.frames import Foreign, picture
 from diffusionact.runtime.graph import GraphLoop
 from diffusionact.runtime.loop import APPROXIMATIONS, AnyLoop, Approximation, open_loop
@@ -62,6 +62,7 @@ class Settings:
     precision: str = "auto"  # the fastest that is as good as fp32 to the eye; or its name
     approximate: Approximation | None = None  # faster and less exact: "reuse", see docs/cpu.md
     threads: int = 0  # 0: one for each physical core
+    at_once: int | None = None  # frames of a clip; None: as many as are fastest here
     paste: bool = True  # into the portrait; otherwise Result.frame is the bare crop
     smoothing: float = 1.0  # of the driver's motion: 0 is off, 2 twice as strong
     absolute_pose: bool = False  # the driver's head pose itself, not its change
@@ -81,6 +82,8 @@ class Settings:
             raise SettingsError(f"approximate={self.approximate!r}; choose from: {ways}, or None")
         if self.threads < 0:
             raise SettingsError(f"threads={self.threads}; wanted 0 (one a core) or more")
+        if self.at_once is not None and self.at_once < 1:
+            raise SettingsError(f"at_once={self.at_once}; wanted 1 or more, or None")
         if not self.smoothing >= 0.0:
             raise SettingsError(f"smoothing={self.smoothing}; wanted 0 (off) or more")
         if self.tracker not in TRACKERS:
@@ -158,6 +161,9 @@ class Reenactor:
             threads=settings.threads,
             approximate=settings.approximate,
         )
+        at_once = 1  # features that are reused are those of one frame
+        if not settings.approximate:
+            at_once = frames_at_once(chosen.backend, device, chosen.precision, settings.at_once)
         loop = open_loop(
             bundle_dir,
             manifest,
@@ -168,6 +174,7 @@ class Reenactor:
             precision=chosen.precision,
             threads=settings.threads,
             approximate=settings.approximate,
+            at_once=at_once,
         )
         opener = partial(
             open_tracker_of,
@@ -180,7 +187,9 @@ class Reenactor:
             device="cpu",
             threads=settings.threads,
         )
-        made_of = replace(settings, backend=chosen.backend, precision=chosen.precision)
+        made_of = replace(
+            settings, backend=chosen.backend, precision=chosen.precision, at_once=at_once
+        )
         return cls(manifest, loop, made_of, tracker, opener)
 
     def prepare(
@@ -263,6 +272,50 @@ class Reenactor:
         target = session.target(driver, pts_ns)
         watch.lap("retarget")
         return self._render(target, session.source, watch, driver is not None and driver.is_face)
+
+    def open_together(self) -> int:
+        """Return how many frames `reenact_together` takes: what this needs is open then, or the
+        number is 1, where one frame at a time is faster or all that the bundle's networks do."""
+        at_once = self.settings.at_once or 1
+        if at_once == 1 or isinstance(self._loop, GraphLoop):
+            return 1
+        try:
+            self._loop.open_together()
+        except BundleError as error:
+            _log.info("one frame at a time: %s", error)
+            return 1
+        self._codes = np.zeros((at_once, self.manifest.z_size), np.float32)
+        return at_once
+
+    def reenact_together(
+        self, drivers: Sequence[Landmarks | None], session: Session, pts_ns: Sequence[int]
+    ) -> list[Result]:
+        """Return what `reenact` returns for each, in order, rendered at once.
+
+        drivers: as many as `open_together` said. Each result's time of "render" is its share.
+        """
+        if isinstance(self._loop, GraphLoop):
+            raise SettingsError("on a GPU frames are rendered one at a time; call reenact")
+        source, drawn = session.source, []
+        for i, driver in enumerate(drivers):
+            watch = StopWatch()
+            target = session.target(driver, pts_ns[i])
+            watch.lap("retarget")
+            condition = self._draw(target)
+            watch.lap("condition")
+            np.copyto(self._codes[i], self._loop.encode(source.image, condition)[0])
+            watch.lap("encode")
+            drawn.append((target, watch, driver is not None and driver.is_face))
+        together = StopWatch()
+        pictures = self._loop.render_together(source.x_T, self._codes)
+        together.lap("render")
+        share = {"render": together.times["render"] // len(drawn)}
+        results = []
+        for i, (target, watch, seen) in enumerate(drawn):
+            watch.take(share)
+            crop_rgb = self._unpacked(pictures[i : i + 1])
+            results.append(self._finished(crop_rgb, target, source, watch, seen))
+        return results
 
     def target(
         self, driver: Landmarks | None, source: Source | Session, pts_ns: int | None = None
@@ -388,12 +441,17 @@ class Reenactor:
         else:
             condition = to_tensor(self._canvas, self._condition)
             watch.lap("condition")
-            x_0 = self._generate(source.x_T, source.image, condition, watch)
-            crop_rgb = (
-                stretched_uint8(x_0)
-                if self.settings.compat
-                else to_uint8(x_0, self._rgb, self._scaled)
-            )
+            crop_rgb = self._unpacked(self._generate(source.x_T, source.image, condition, watch))
+        return self._finished(crop_rgb, target, source, watch, seen)
+
+    def _unpacked(self, x_0: Float32Array) -> UInt8Array:
+        if self.settings.compat:
+            return stretched_uint8(x_0)
+        return to_uint8(x_0, self._rgb, self._scaled)
+
+    def _finished(
+        self, crop_rgb: UInt8Array, target: Landmarks, source: Source, watch: StopWatch, seen: bool
+    ) -> Result:
         made = self._crops.take(self._canvas.shape)
         crop = bgr_to_rgb(crop_rgb, made)  # the same swap leads from RGB to BGR
         frame = crop

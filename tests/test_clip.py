@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from diffusionact.errors import MediaError, NoFace, SettingsError
+from diffusionact.errors import BundleError, MediaError, NoFace, SettingsError
 from diffusionact.landmarks import Landmarks, Track, sidecar_path
 from diffusionact.runtime.clip import prepare_portrait, run_clip
 from diffusionact.runtime.media import FRAME_NS, VideoReader, open_reader, read_image
 from diffusionact.runtime.motion import driver_motion
 from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.timing import StageTimes
 from diffusionact.runtime.writer import make_track, open_writer
 from tests.clips import ScriptedTracker, folder_of, moving, write_portrait
 
@@ -96,6 +97,70 @@ def test_overlap_changes_no_bit(
     monkeypatch.setattr("diffusionact.runtime.motion.read_ahead", serially)
     monkeypatch.setattr("diffusionact.runtime.rendering.write_behind", one_by_one)
     assert made("b") == overlapped
+
+
+def test_frames_at_once_are_those_one_at_a_time(
+    toy_bundle: Path, portrait_file: Path, face: Landmarks, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("openvino", reason="no openvino; make dev has it")
+    count, at_once = 42, 4
+    script = moving(face, count)
+    script[20:25] = [None] * 5
+    driver = folder_of(tmp_path / "driver", count)
+    sizes: list[int] = []
+    real = Reenactor.reenact_together
+
+    def together(act: Reenactor, drivers: Any, *rest: Any) -> Any:
+        sizes.append(len(drivers))
+        return real(act, drivers, *rest)
+
+    monkeypatch.setattr(Reenactor, "reenact_together", together)
+
+    def made(name: str, number: int) -> tuple[list[Any], list[Any], Mapping[str, StageTimes]]:
+        told: list[Any] = []
+        settings = Settings(backend="openvino", precision="fp32", at_once=number)
+        with Reenactor.load(toy_bundle, settings=settings, tracker=ScriptedTracker(script)) as act:
+            report = run_clip(
+                act, portrait_file, driver, tmp_path / name,
+                progress=lambda stage, done, total, left_s: told.append((stage, done, total)),
+            )  # fmt: skip
+        images = [frame.image_bgr for frame in open_reader(tmp_path / name)]
+        return images, told, report.times
+
+    due, told, times = made("alone", 1)
+    assert not sizes
+    seen, told_together, times_together = made("together", at_once)
+    assert sizes == [at_once] * (count // at_once)
+    for one, other in zip(seen, due, strict=True):
+        apart = np.abs(one.astype(int) - other.astype(int))
+        assert apart.max() <= 1 and apart.mean() < 0.01  # sums in another order, then rounded
+    assert told_together == told
+    assert list(times_together) == list(times)
+    assert all(times_together[stage].count == count for stage in times)
+    assert times_together["render"].p50_ms > 0
+
+
+def test_a_network_that_admits_one_frame_is_no_reason_to_fail(
+    toy_bundle: Path, portrait_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    pytest.importorskip("openvino", reason="no openvino; make dev has it")
+
+    def refuse(*_: object) -> None:
+        raise BundleError("unet_step.onnx: made for one frame at a time")
+
+    settings = Settings(backend="openvino", precision="fp32", at_once=4)
+    with (
+        Reenactor.load(toy_bundle, settings=settings) as act,
+        caplog.at_level(logging.INFO, "diffusionact"),
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr("diffusionact.runtime.openvino.check_wide", refuse)
+        patch.setenv("DIFFUSIONACT_CACHE", str(tmp_path / "cache"))  # where it is not made yet
+        report = run_clip(act, portrait_file, GOLDEN / "driver_nod.npz", tmp_path / "out")
+    assert report.times["total"].count == report.frames
+    assert "one frame at a time: unet_step.onnx" in caplog.text
 
 
 def test_before_the_first_face_the_portrait_rests(

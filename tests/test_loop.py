@@ -329,6 +329,35 @@ def test_steps_change_between_frames_and_nothing_else_does(
         loop.set_steps(5)
 
 
+def test_frames_at_once_are_those_one_at_a_time(toy_bundle: Path, manifest: Manifest) -> None:
+    pytest.importorskip("openvino", reason="no openvino; make dev has it")
+    frames = 3
+    loop = open_loop(
+        toy_bundle, manifest, also=(2,),
+        backend="openvino", device="cpu", precision="fp32", threads=1, at_once=frames,
+    )  # fmt: skip
+    assert isinstance(loop, Loop)
+    x_T = pictures(2)
+    codes = np.concatenate([loop.encode(pictures(1), pictures(i)).copy() for i in range(frames)])
+    with pytest.raises(SettingsError, match="open_together before"):
+        loop.render_together(x_T, codes)
+    loop.open_together()
+    for steps in (4, 2, 4):
+        loop.set_steps(steps)
+        seen = loop.render_together(x_T, codes).copy()
+        for i in range(frames):
+            alone = loop.render(x_T, codes[i : i + 1])
+            np.testing.assert_allclose(seen[i], alone[0], atol=LOOP_ATOL)
+        assert np.abs(seen[0] - seen[1]).max() > 10 * LOOP_ATOL
+
+
+def test_a_loop_of_single_frames_refuses_several(toy_bundle: Path, manifest: Manifest) -> None:
+    loop = open_loop(toy_bundle, manifest, threads=1)
+    assert isinstance(loop, Loop)
+    with pytest.raises(SettingsError, match="one frame at a time"):
+        loop.open_together()
+
+
 def test_changing_steps_allocates_nothing(toy_bundle: Path, manifest: Manifest) -> None:
     loop = open_loop(toy_bundle, manifest, also=(2,), threads=1)
     x_T, z = pictures(2), loop.encode(pictures(1), pictures(3)).copy()

@@ -26,6 +26,7 @@ from diffusionact.landmarks import Landmarks, sidecar_path
 from diffusionact.runtime import parts as parts_module
 from diffusionact.runtime.clip import ClipReport, run_clip
 from diffusionact.runtime.journal import Journal
+from diffusionact.runtime.loop import Loop
 from diffusionact.runtime.media import FRAME_NS
 from diffusionact.runtime.parts import Parts, forget_parts, parts_folder
 from diffusionact.runtime.reenactor import Reenactor, Settings
@@ -37,6 +38,7 @@ UInt8Array = npt.NDArray[np.uint8]
 ROOT = Path(__file__).parents[1]
 COUNT, LOST, KILL_AT = 30, range(10, 14), 17  # frames; without a face; where the kill comes
 SETTINGS = Settings(backend="ort")  # not the fastest, which is measured anew in every test
+TOGETHER = Settings(backend="openvino", precision="fp32", at_once=4)
 CHILD_S = 60.0  # to start, load and work; longer means that it hangs
 RunClip = Callable[..., ClipReport]
 
@@ -347,6 +349,46 @@ def test_another_recipe_starts_afresh_and_says_why(
     (said,) = [message for message in caplog.messages if "starting afresh" in message]
     assert re.search(word, said), said
     assert not parts_folder(tmp_path / "out.mp4").exists()
+
+
+@pytest.mark.parametrize("kept", [3, 4, 6, 28, 29])
+def test_where_a_run_was_killed_moves_no_frame_to_another_place_among_those_at_once(
+    run: RunClip, tmp_path: Path, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend may round by a frame's place: here each place has a brightness of its own."""
+    pytest.importorskip("openvino", reason="no openvino; make dev has it")
+    settings = replace(TOGETHER, threads=1)
+    real_render, real_keep = Loop.render_together, Parts.keep_crop
+
+    def shaded(*arguments: Any) -> Any:
+        return real_render(*arguments) + np.linspace(0.0, 0.3, 4).reshape(4, 1, 1, 1)
+
+    def keep(self: Parts, crop: UInt8Array) -> None:
+        assert self._journal is not None
+        if self._journal.count == kept:
+            raise KeyboardInterrupt
+        real_keep(self, crop)
+
+    monkeypatch.setattr(Loop, "render_together", shaded)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Parts, "keep_crop", keep)
+        run("out.mp4", settings)
+    report = run("out.mp4", settings)
+    assert report.resumed == kept
+    assert report.times["total"].count == COUNT - kept
+    run("whole.mp4", settings)
+    assert contents(tmp_path / "out.mp4") == contents(tmp_path / "whole.mp4")
+
+
+def test_another_number_of_frames_at_once_is_another_recipe(
+    run: RunClip, stopped: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("openvino", reason="no openvino; make dev has it")
+    stopped(1)  # the first of the last few, which are rendered one at a time
+    with pytest.raises(KeyboardInterrupt):
+        run("out.mp4", TOGETHER)
+    assert run("out.mp4", replace(TOGETHER, at_once=1)).resumed == 0
+    assert "at_once was 4 and is 1: starting afresh" in caplog.text
 
 
 def test_parts_can_be_forgotten(
