@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +23,8 @@ REQUIRED = ("encoder", "time", "modulation", "unet_step")
 OWN_INVERSION = ("time_invert", "modulation_invert", "unet_step_invert")
 DETECTOR_SIDES = (64, 32, 16, 12, 6, 3)  # of the maps of s3fd's six heads at 256 px
 ASSETS = ("flame",)
+SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system
+MOST_HASHES = 256  # that are remembered
 
 
 @dataclass(frozen=True)
@@ -243,12 +247,32 @@ def check(manifest: Manifest) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the file's SHA-256 as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
+    """Return the file's SHA-256 as 64 hexadecimal digits.
+
+    This process reads a file once, as long as its inode, size and times stay what they were.
+    """
     with open(path, "rb") as file:
+        seen = _seen(file.fileno())
+        if seen in _hashes:
+            return _hashes[seen]
+        digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    return digest.hexdigest()
+        made = digest.hexdigest()
+        # One that was written just now may be written again without its times moving.
+        settled = time.time_ns() - max(seen[-2:]) > SETTLED_NS
+        if settled and seen == _seen(file.fileno()) and len(_hashes) < MOST_HASHES:
+            _hashes[seen] = made
+    return made
+
+
+def _seen(file: int) -> tuple[int, ...]:
+    """What changes with an open file's content: inode, size, when it was written and changed."""
+    found = os.fstat(file)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+_hashes: dict[tuple[int, ...], str] = {}
 
 
 def _check_tracker(manifest: Manifest) -> None:

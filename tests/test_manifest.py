@@ -42,6 +42,23 @@ def test_round_trip(tmp_path: Path, own_inversion: bool) -> None:
     assert not list(tmp_path.glob(".part-*"))
 
 
+def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"1" * 10)
+    first = m.file_sha256(path)
+    path.write_bytes(b"2" * 10)  # at once, when its times may not have moved
+    assert m.file_sha256(path) != first
+    known = dict(m._hashes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(m, "SETTLED_NS", -(10**15))
+        second = m.file_sha256(path)
+        assert list(m._hashes.values()) == [*known.values(), second]
+        patch.setattr(m.hashlib, "sha256", None)
+        assert m.file_sha256(path) == second, "read again"
+    path.write_bytes(b"3" * 11)
+    assert m.file_sha256(path) not in (first, second)
+
+
 def with_tracker(bundle_dir: Path) -> m.Manifest:
     """The example with all networks and files of the published tracker."""
     written, tracker = example(bundle_dir), {}
