@@ -117,7 +117,8 @@ def explain(bundle_dir: Path, manifest: Manifest, *, threads: int = 0) -> str:
             if (one.backend, one.precision) == REFERENCE
             else (f"{one.psnr_db:.1f} dB, worst value off by {one.worst:.0f} of 255")
         )
-        lines.append(f"  {one.name}: {one.step_ms:.1f} ms a step, {near}")
+        took = f"{one.step_ms:.1f} ms a step" if one.step_ms else "not timed"
+        lines.append(f"  {one.name}: {took}, {near}")
     return "\n".join([*lines, f"  remembered in {_path(record.key)}"])
 
 
@@ -231,7 +232,8 @@ def _measured_apart(bundle_dir: Path, threads: int) -> tuple[tuple[Measured, ...
         pass
     if -done.returncode in _CRASHES:
         return _without(f"crashed: {signal.Signals(-done.returncode).name}"), True
-    return _without(f"could not be measured: exit status {done.returncode}"), False
+    why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    return _without(f"could not be measured: {why}"), False
 
 
 def _without(reason: str) -> tuple[Measured, ...]:

@@ -55,7 +55,7 @@ def answered(monkeypatch: pytest.MonkeyPatch, status: int, line: str = "") -> li
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         started.append(command)
-        return subprocess.CompletedProcess(command, status, line + "\n", "")
+        return subprocess.CompletedProcess(command, status, line + "\n", "Trace:\nso it is\n")
 
     monkeypatch.setattr(choice, "installed", lambda library: True)
     monkeypatch.setattr(choice.subprocess, "run", run)
@@ -164,8 +164,10 @@ def test_a_crash_is_told_and_remembered_another_failure_only_told(
     assert len(caplog.messages) == 1 and "ONNX Runtime is used" in caplog.messages[0]
     assert choose(toy_bundle, manifest) == Choice("ort", "fp32")
     assert len(trials) == starts
+    assert ("so it is" in caplog.messages[0]) == (status != -11)
     if status == -11:
-        assert "not usable (crashed: SIGSEGV)" in explain(toy_bundle, manifest)
+        assert "not usable (crashed: SIGSEGV)" in (told := explain(toy_bundle, manifest))
+        assert "ort fp32: not timed" in told
 
 
 def test_a_process_that_really_crashes_leaves_this_one_alone(
