@@ -118,6 +118,7 @@ DEFAULTS = {
     "threads": "0",
     "batch": "1",
     "approximate": "none",
+    "device": "auto",
 }
 
 
@@ -125,7 +126,8 @@ def _command(found: Sequence[records.Record]) -> str:
     """The command that measures these variants again."""
     words = ["diffusionact bench"]
     for option, default in DEFAULTS.items():
-        asked = list(dict.fromkeys(str(record["variant"][option]).lower() for record in found))
+        said = (str(record["variant"].get(option, default)).lower() for record in found)
+        asked = list(dict.fromkeys(said))
         if asked != [default]:
             words.append(f"--{option} {','.join(asked)}")
     return " ".join(words)

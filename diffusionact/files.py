@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -11,3 +12,14 @@ def write_whole(path: Path, content: bytes | str) -> None:
     part = path.with_name(f".part-{path.name}")
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, path)
+
+
+def check_place(path: Path) -> None:
+    """Return nothing where a file of this name can be written: before the work whose result it is
+    to hold. The folder is made. Raises: OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+    if path.exists():
+        with path.open("ab"):
+            pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -151,8 +151,12 @@ class StageProgress:
     """A `StageCallback`, and a `TimedCallback`, that prints one bar after another; use it as a
     context manager."""
 
-    def __init__(self, unit: str = "frame", quiet: bool = False) -> None:
+    def __init__(
+        self, unit: str = "frame", quiet: bool = False, units: Mapping[str, str] | None = None
+    ) -> None:
+        """units: of the stages that have another one."""
         self._unit = unit
+        self._units = units or {}
         self._quiet = quiet
         self._stage = ""
         self._bar: Progress | None = None
@@ -163,7 +167,10 @@ class StageProgress:
         """Return nothing; shows `done` of `total` of a stage, and what is left of all of them."""
         if self._bar is None or stage != self._stage:
             self.__exit__(None, None, None)
-            self._stage, self._bar = stage, Progress(stage, self._unit, self._quiet, done)
+            self._stage, self._bar = (
+                stage,
+                Progress(stage, self._units.get(stage, self._unit), self._quiet, done),
+            )
         self._bar(done, total, left_s)
 
     def __enter__(self) -> StageProgress:

@@ -55,7 +55,7 @@ def variants_of(
 ) -> list[Variant]:
     """Return all combinations but those whose precision the backend does not have here.
 
-    Raises: SettingsError when none is left, or a backend is not known; BackendMissing.
+    Raises: SettingsError when none is left, or a backend is not known; as `of_backend`.
     """
     made = [
         Variant(*values)
@@ -104,7 +104,8 @@ def measure(
     made = []
     for i, variant in enumerate(variants):
         start = {"first_load_ms": first_loads[i], **starts[i]["start"]}
-        known = {"variant": asdict(variant), "ran": starts[i]["ran"], "start": start}
+        asked = {**asdict(variant), "device": task.device}
+        known = {"variant": asked, "ran": starts[i]["ran"], "start": start}
         made.append(_record({**shared, **known, "memory": memories[i]}, turns[i]))
     return made
 

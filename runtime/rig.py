@@ -16,7 +16,7 @@ import numpy as np
 from diffusionact import machine
 from diffusionact.errors import SettingsError
 from diffusionact.landmarks import Track
-from diffusionact.runtime.component import BACKENDS
+from diffusionact.runtime.component import BACKENDS, device_of
 from diffusionact.runtime.component import precisions as precisions_on
 from diffusionact.runtime.contest import peak_memory_mib
 from diffusionact.runtime.loop import Approximation
@@ -199,7 +199,7 @@ class Rig:
         spent: list[float] = []
         while len(spent) < WARM_UP_FRAMES and sum(spent) < WARM_UP_S:
             spent.append(self.round(1).wall_s)
-        return min(spent)
+        return min(spent) / len(self._acts)
 
     def _ran(self) -> dict[str, Any]:
         """What the variant came to on this machine."""
@@ -259,11 +259,12 @@ class TracedRig(Rig):
 def of_backend(name: str, device: str) -> tuple[str, tuple[str, ...]]:
     """Return the device that a backend takes, and its precisions there, the best first.
 
-    Raises: SettingsError for one that is not known, BackendMissing.
+    Raises: SettingsError for one that is not known, DeviceError for a device it has not,
+    BackendMissing.
     """
     if name not in BACKENDS:
         known = ", ".join(("auto", *BACKENDS))
         raise SettingsError(f"backend {name!r} is not known; choose from: {known}")
     module = importlib.import_module(BACKENDS[name])
-    chosen = module.DEVICES[0] if device == "auto" else device
+    chosen = device_of(name, device)
     return chosen, precisions_on(module, chosen)

@@ -67,6 +67,7 @@ def test_a_record_says_all_that_a_reader_needs(made: list[rig.Record], toy_bundl
         "threads": 1,
         "approximate": None,
         "batch": 1,
+        "device": "cpu",
     }
     assert first["variant"] == asked
     assert first["ran"]["steps"] == 2 and first["ran"]["device"] == "cpu"
@@ -163,6 +164,8 @@ def test_what_cannot_be_measured_is_refused(task: rig.Task) -> None:
         bench.variants_of(("ort",), ("int8",), (None,), (0,), device="cpu")
     with pytest.raises(SettingsError, match="'abacus' is not known; choose from: auto, ort"):
         bench.variants_of(("abacus",), ("fp32",), (None,), (0,))
+    with pytest.raises(DeviceError, match="'abacus'"):
+        bench.variants_of(("ort",), ("fp32",), (None,), (0,), device="abacus")
     with pytest.raises(SettingsError, match="frames=0"):
         bench.measure(task, [rig.Variant()], frames=0)
 
@@ -319,6 +322,24 @@ def test_the_command_writes_what_it_is_asked_for(
     assert lines == records.read(out) and [line["ran"]["steps"] for line in lines] == [2, 4]
     assert html.stat().st_size > 5000
     assert cli.main(["bench-compare", str(out), str(out), "--fail-above", "0", "--json"]) == 0
+
+
+@pytest.mark.parametrize("option", ["--out", "--html", "--trace"])
+def test_a_file_that_cannot_be_written_is_told_before_the_work(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "measure", None)
+    (tmp_path / "file").touch()
+    assert cli.main(["bench", option, str(tmp_path / "file" / "x.json")]) == 2
+    assert cli.main(["bench", option, str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("cannot be written") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_empty_list_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--backend", ","])
+    assert "wanted a name" in capsys.readouterr().err
 
 
 def test_the_shipped_bundle_needs_no_option(

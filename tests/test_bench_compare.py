@@ -12,7 +12,7 @@ import pytest
 
 from diffusionact import cli
 from diffusionact.bench import records
-from diffusionact.bench.compare import ONE_RUN, compare, ratio_of_medians
+from diffusionact.bench.compare import ONE_RUN, TOO_FEW, compare, ratio_of_medians
 from diffusionact.errors import SettingsError
 
 MACHINE = {
@@ -70,6 +70,25 @@ def test_a_tenth_is_found_and_its_size_told() -> None:
     assert change.real and change.low <= 1.1 <= change.high
     assert change.ratio == pytest.approx(1.1, abs=0.05)
     assert change.after_ms / change.before_ms == pytest.approx(change.ratio)
+
+
+def test_two_rounds_tell_nothing() -> None:
+    short = [record(ms, 1) for ms in (10.0, 20.0)]
+    for one in short:
+        one["samples_ms"] = {"total": one["samples_ms"]["total"][:2]}
+    found = compare(short[:1], short[1:])
+    assert TOO_FEW in found.notes
+    assert not found.changes[0].real and not found.slower_than(0.05)
+
+
+def test_frames_at_once_and_devices_keep_variants_apart() -> None:
+    plain = record(10.0, 1)
+    others = [{**plain, "variant": {**plain["variant"], **how}} for how in (
+        {"batch": 2}, {"device": "cuda"})]  # fmt: skip
+    found = compare([plain, others[0]], [plain, *others])
+    names = {change.variant for change in found.changes}
+    assert names == {"toy: ort auto, 4 steps", "toy: ort auto, 4 steps, 2 at once"}
+    assert found.unmatched == ("toy: ort auto, 4 steps",)
 
 
 def test_noise_is_called_noise_nineteen_times_in_twenty() -> None:

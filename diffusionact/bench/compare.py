@@ -17,10 +17,16 @@ Rounds: TypeAlias = Sequence[Sequence[float]]
 
 DRAWS = 2000
 CONFIDENCE = 0.95
+FEWEST_ROUNDS = 3  # of a side: fewer show next to nothing of the machine's moods
 SEED = 0
 ONE_RUN = (
     "one run a side: what changes from run to run is not in the intervals; repeat "
     "`diffusionact bench --out` into the same files to have it in"
+)
+
+TOO_FEW = (
+    f"fewer than {FEWEST_ROUNDS} rounds of frames in a file tell no change from noise; measure "
+    "again with more of `diffusionact bench --frames --rounds`, or without these options"
 )
 
 
@@ -29,7 +35,8 @@ class Change:
     """One stage, or "total", of one variant in two files.
 
     before_ms, after_ms: medians; ratio: after / before; low, high: of the interval that holds the
-    ratio in 95 of 100 such pairs of runs; real: whether 1 lies outside of it.
+    ratio in 95 of 100 such pairs of runs; rounds: of the side that has fewer; real: whether 1 lies
+    outside of the interval, and the rounds are enough to tell.
     """
 
     variant: str
@@ -39,10 +46,11 @@ class Change:
     ratio: float
     low: float
     high: float
+    rounds: int
 
     @property
     def real(self) -> bool:
-        return not self.low <= 1.0 <= self.high
+        return self.rounds >= FEWEST_ROUNDS and not self.low <= 1.0 <= self.high
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,8 @@ def compare(before: Sequence[Record], after: Sequence[Record], force: bool = Fal
     if any(len(runs) == 1 for pair in pairs for runs in pair):
         notes[ONE_RUN] = None
     changes = [change for a, b in pairs for change in _changes(a, b)]
+    if any(change.rounds < FEWEST_ROUNDS for change in changes):
+        notes[TOO_FEW] = None
     return Comparison(tuple(changes), tuple(unmatched), tuple(notes))
 
 
@@ -136,7 +146,8 @@ def _paired(
     new = [variant_name(runs[-1]) for key, runs in after.items() if key not in before]
     if not pairs:
         raise SettingsError(
-            "the two files have no variant in common (bundle, backend, precision, steps, threads); "
+            "the two files have no variant in common (bundle, device, backend, precision, steps, "
+            "threads, batch, approximation); "
             f"the first has {' | '.join(alone)}; the second {' | '.join(new)}"
         )
     return pairs, alone + new
@@ -146,10 +157,11 @@ def variant_name(record: Record) -> str:
     """Return what was asked for, with the bundle."""
     asked, ran = record["variant"], record["ran"]
     threads = f", {asked['threads']} threads" if asked["threads"] else ""
+    batch = f", {asked['batch']} at once" if asked["batch"] != 1 else ""
     way = f", approximate: {asked['approximate']}" if asked["approximate"] else ""
     return (
         f"{record['bundle']['name']}: {asked['backend']} {asked['precision']}, "
-        f"{ran['steps']} steps{threads}{way}"
+        f"{ran['steps']} steps{threads}{batch}{way}"
     )
 
 
@@ -179,6 +191,6 @@ def _changes(a: Sequence[Record], b: Sequence[Record]) -> list[Change]:
     for stage in (s for s in a[-1]["samples_ms"] if s in b[-1]["samples_ms"]):
         before, after = ([run["samples_ms"][stage] for run in runs] for runs in (a, b))
         ratio, low, high = ratio_of_medians(before, after)
-        name = variant_name(b[-1])
-        made.append(Change(name, stage, _median(before), _median(after), ratio, low, high))
+        name, rounds = variant_name(b[-1]), min(sum(map(len, runs)) for runs in (before, after))
+        made.append(Change(name, stage, _median(before), _median(after), ratio, low, high, rounds))
     return made

@@ -174,7 +174,7 @@ def _record(path: Path, number: int, line: str) -> Record:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise MediaError(
             f"{path}, line {number}: no record of `diffusionact bench` in format {FORMAT} "
-            f"({error!r})"
+            f"({error!r}); remove the line: sed -i {number}d FILE, or measure into another file"
         ) from error
     return dict(record)
 
@@ -195,7 +195,7 @@ def repeats(records: Sequence[Record]) -> dict[tuple[Any, ...], list[Record]]:
 
 def variant_key(record: Record) -> tuple[Any, ...]:
     """Return what was asked for, by which records of two files belong together."""
-    asked = record["variant"]
+    asked = {"device": "auto", **record["variant"]}
     bundle = record["bundle"]
     return (
         bundle["weights_sha256"],

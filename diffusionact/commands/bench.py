@@ -11,6 +11,8 @@ from diffusionact.assets import bundle_path, driver_path, portrait_paths
 from diffusionact.commands.exits import DONE
 from diffusionact.commands.model import counts, words
 from diffusionact.commands.output import say
+from diffusionact.errors import MediaError
+from diffusionact.files import check_place
 
 if TYPE_CHECKING:
     from diffusionact.runtime.rig import Task, Variant
@@ -84,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
     from diffusionact.runtime.bench import measure, variants_of
     from diffusionact.runtime.rig import Task
 
+    for path in (arguments.out, arguments.html, arguments.trace):
+        _check_place(path)
     task = Task(
         Path(arguments.bundle),
         Path(arguments.source or portrait_paths()[0]),
@@ -100,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.batch,
         arguments.device,
     )
-    with StageProgress(quiet=arguments.quiet) as progress:
+    with StageProgress(quiet=arguments.quiet, units={"load": "variant"}) as progress:
         made = measure(
             task, variants, frames=arguments.frames, rounds=arguments.rounds, progress=progress
         )
@@ -115,6 +119,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.trace:
         _trace(arguments, task, variants[0])
     return DONE
+
+
+def _check_place(path: Path | None) -> None:
+    """Say now, not after minutes of measuring, that a file cannot be written."""
+    try:
+        if path is not None:
+            check_place(path)
+    except OSError as error:
+        raise MediaError(
+            f"{path}: cannot be written ({error.strerror}); name another place"
+        ) from error
 
 
 def _trace(arguments: argparse.Namespace, task: Task, variant: Variant) -> None:

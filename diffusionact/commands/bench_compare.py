@@ -39,7 +39,7 @@ def share(text: str) -> float:
 def run(arguments: argparse.Namespace) -> int:
     """Compare two measurements."""
     from diffusionact.bench import records
-    from diffusionact.bench.compare import compare
+    from diffusionact.bench.compare import FEWEST_ROUNDS, compare
 
     before, after = records.read(arguments.before), records.read(arguments.after)
     found = compare(before, after, arguments.force)
@@ -53,7 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
             last = change.variant
             head = f"{'':<12}{'A ms':>10}{'B ms':>10}{'B / A':>8}  {'95 % interval':<16}"
             say_text(arguments, f"{last}\n{head}")
-        verdict = "noise" if not change.real else "slower" if change.ratio > 1 else "faster"
+        verdict = "slower" if change.ratio > 1 else "faster"
+        if not change.real:
+            verdict = "noise" if change.rounds >= FEWEST_ROUNDS else "cannot be told"
         interval = f"{change.low:.3f} to {change.high:.3f}"
         text = (
             f"{change.stage:<12}{change.before_ms:>10.3f}{change.after_ms:>10.3f}"

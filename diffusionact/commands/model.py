@@ -89,8 +89,11 @@ def positive(text: str) -> float:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Return what stands between commas."""
-    return tuple(word for word in text.split(",") if word)
+    """Return what stands between commas. Raises: argparse.ArgumentTypeError where nothing does."""
+    found = tuple(word for word in text.split(",") if word)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}; wanted a name, or names between commas")
+    return found
 
 
 def counts(text: str) -> tuple[int, ...]:
