@@ -11,7 +11,7 @@ WANTED := pyproject.toml constraints.txt CMakeLists.txt $(wildcard runtime/kerne
 # The networks of the tests are tiny: a second thread would mostly wait for the first.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
-.PHONY: help env dev demo test test-slow gpu-check gpu-bench links lint clean
+.PHONY: help env dev demo test test-slow gpu-check gpu-bench links lint clean .FORCE
 help:
 	@sed -n 's/^## //p' Makefile
 
@@ -64,9 +64,15 @@ $(VENV)/bin/pip:
 	echo "no Python 3.11 or 3.12 with venv found; apt-get install python3-venv, or make PYTHON=..." >&2; \
 	exit 2
 
+# An editable installation knows modules by name: after a pull that added or moved some, once more.
+$(VENV)/.modules: .FORCE | $(VENV)/bin/pip
+	@find -H diffusionact/ engines export runtime training -name '*.py' | sort > $@.new; \
+	if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+.FORCE:
+
 # Of what mediapipe depends on, its face graph needs protobuf alone.
 # Of what OpenVINO depends on, numpy is there; the other part reports to its makers.
-$(VENV)/.env: $(WANTED) | $(VENV)/bin/pip
+$(VENV)/.env: $(WANTED) $(VENV)/.modules | $(VENV)/bin/pip
 	@echo "installing diffusionact and the face tracker into $(VENV)"
 	@$(INSTALL) -e '.[live,serve]' protobuf
 	@$(INSTALL) --no-deps openvino || \
