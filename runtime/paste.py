@@ -9,8 +9,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from diffusionact.image import resize_area
+from diffusionact.image import resize_area, warp_crop
 from diffusionact.landmarks import invert_affine
+from diffusionact.runtime.rim import RimMatch
 
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
@@ -55,6 +56,10 @@ class Paster:
         if not self._empty:
             columns_px, rows_px = np.ascontiguousarray(places.transpose(2, 0, 1))
             self._map = cv2.convertMaps(columns_px, rows_px, cv2.CV_16SC2)
+            own = warp_crop(portrait, matrix, side)
+            if self._side != side:
+                own = resize_area(own, self._side, self._side)
+            self._rim = RimMatch(own)
 
     @property
     def where(self) -> tuple[slice, slice]:
@@ -74,7 +79,7 @@ class Paster:
         if self._side != len(crop):
             crop = resize_area(crop, self._side, self._side)
         cv2.remap(
-            crop,
+            self._rim.matched(crop),
             self._map[0],
             self._map[1],
             interpolation=cv2.INTER_LINEAR,
