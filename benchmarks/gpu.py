@@ -19,11 +19,13 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +40,7 @@ LEAST_S = 20.0  # a child that would have less is not started
 LIMIT_S = 60.0  # of a child on a GPU: it takes half of it, so this is for one that hangs
 BUNDLE_LIMIT_S = 120.0  # of the export, which is PyTorch's and slow, and of the engines
 STEPS = 20
+TOLD_LINES = 60  # of pytest, beside the skips
 TARGETS_MS = {"one-step or unrolled graph": 40.0, "compiled, graph": 30.0, "tensorrt": 30.0}
 
 
@@ -155,12 +158,37 @@ def run_tests(folder: Path, limit_s: float) -> dict[str, Any]:
         "[pytest]\naddopts = --import-mode=importlib -ra\nmarkers =\n"
         + "".join(f"    {mark}: as in pyproject.toml\n" for mark in ("gpu", "trt", "torch", "slow"))
     )
-    words = ["-m", "pytest", "-v", "-c", str(settings), f"--rootdir={ROOT}", "-m", "gpu"]
+    words = [
+        "-m",
+        "pytest",
+        "-v",
+        "--tb=short",
+        "-c",
+        str(settings),
+        f"--rootdir={ROOT}",
+        "-m",
+        "gpu",
+    ]
     words += ["-p", "no:cacheprovider", *map(str, marked)]
     status, said = ended(words, folder, limit_s)
     if status is None:
         said.append(f"not done after {limit_s:.0f} s")
-    return {"status": status, "said": said[-40:]}
+    return {"status": status, "said": shortened(said)}
+
+
+def shortened(said: list[str]) -> list[str]:
+    """What pytest says: each reason for skipping once, the last that is no skip and no pass, and at
+    the end where it was, or how it ended."""
+    reasons = Counter[str]()
+    kept = []
+    for line in said:
+        skipped = re.match(r"SKIPPED \[(\d+)\] [^ ]+: (.*)", line)
+        if skipped:
+            reasons[skipped[2]] += int(skipped[1])
+        elif not re.search(r" (PASSED|SKIPPED)\b.*\[ *\d+%\]$", line):
+            kept.append(line)
+    folded = [f"skipped {count}: {reason}" for reason, count in reasons.items()]
+    return [*folded, *kept[-TOLD_LINES:]]
 
 
 def peak_flops(device: str, folder: Path, limit_s: float) -> tuple[float | None, str | None]:

@@ -19,7 +19,6 @@ import torch
 from benchmarks.gpu_variant import CONFIGS, PARTS, bare_manifest
 from diffusionact import manifest as manifest_file
 from diffusionact.errors import BackendMissing
-from diffusionact.export import to_onnx, wrap
 from diffusionact.manifest import ComponentSpec
 from diffusionact.runtime.component import BACKENDS
 from diffusionact.runtime.cuda import gpu_to_build_for
@@ -28,6 +27,8 @@ from diffusionact.runtime.cuda import gpu_to_build_for
 def write_bundle(network: str, weights: Path, folder: Path, steps: int) -> None:
     """Nothing; the folder is a bundle. Made of the exporter's parts, whose comparison over 70 steps
     would take longer than all else."""
+    from diffusionact.export import to_onnx, wrap
+
     bare = bare_manifest(network, steps)
     kept = torch.load(weights, mmap=True, weights_only=True)
     networks: dict[str, Any] = {}

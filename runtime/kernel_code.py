@@ -105,7 +105,8 @@ def _nvrtc() -> Any:
 
         nvrtc.nvrtcVersion()  # loads the library, which another package brings
     except (ImportError, OSError, RuntimeError) as error:
-        raise BackendMissing(f"the kernels need NVRTC ({error}); run: {INSTALL}") from error
+        told = " ".join(str(error).split())
+        raise BackendMissing(f"the kernels need NVRTC ({told}); run: {INSTALL}") from error
     return nvrtc
 
 

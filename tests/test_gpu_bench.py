@@ -226,6 +226,18 @@ def test_sizes_are_those_of_the_network() -> None:
     assert set(component_tensors(manifest)) == set(REQUIRED)
 
 
+def test_what_failed_is_not_lost_among_the_skips() -> None:
+    said = [
+        "tests/test_a.py::test_one PASSED                    [  2%]",
+        "tests/test_a.py::test_two[x y] SKIPPED (no onnx)    [ 12%]",
+        "tests/test_a.py::test_three FAILED                  [100%]",
+        "E   assert 1 == 2",
+        *["SKIPPED [4] tests/test_a.py:265: engines: no onnx"] * 30,
+        "1 failed, 1 passed, 120 skipped in 1.00s",
+    ]
+    assert gpu.shortened(said) == ["skipped 120: engines: no onnx", *said[2:4], said[-1]]
+
+
 @pytest.mark.slow
 def test_the_tests_that_need_a_gpu_are_found_without_our_settings(tmp_path: Path) -> None:
     answer = gpu.run_tests(tmp_path, 240)
