@@ -58,6 +58,20 @@ class Change:
     time_ms: float
 
 
+def control_for(goal: Goal | None, choices: Sequence[int], steps: int) -> StepControl | None:
+    """Return what keeps to a goal; None without one.
+
+    choices: counts that are prepared; steps: the one in use.
+    Raises: SettingsError where there is nothing to choose from.
+    """
+    if goal is not None and len(choices) < 2:
+        raise SettingsError(
+            f"a goal of {goal} needs several counts of steps to choose from; this bundle's "
+            f"manifest lists {tuple(choices)}: leave the goal out"
+        )
+    return None if goal is None else StepControl(goal, choices, steps)
+
+
 class StepControl:
     """The number of steps for the next frame, from the times of those before."""
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffusionact.errors import NoFace, SettingsError
+from diffusionact.errors import NoFace
 from diffusionact.landmarks import Landmarks
 from diffusionact.runtime.camera import Camera, ClipCamera
-from diffusionact.runtime.control import Change, Goal, StepControl
+from diffusionact.runtime.control import Change, Goal, control_for
 from diffusionact.runtime.keys import TerminalKeys
 from diffusionact.runtime.media import TrackReader
 from diffusionact.runtime.overlay import labelled, overlaid
@@ -95,15 +95,7 @@ class LiveSession:
         self._overlay = self._settings.overlay
         self._tally, self._recent = Tally(), deque[tuple[int, int]]()
         self._shown = self._faces = 0
-        goal = self._settings.goal
-        if goal is not None and len(act.prepared_steps) < 2:
-            raise SettingsError(
-                f"a goal of {goal} needs several counts of steps to choose from; this bundle's "
-                f"manifest lists {act.prepared_steps}: leave the goal out"
-            )
-        self._control = None
-        if goal is not None:
-            self._control = StepControl(goal, act.prepared_steps, act.steps)
+        self._control = control_for(self._settings.goal, act.prepared_steps, act.steps)
         self._steps = act.steps
 
     def run(self, stop: threading.Event | None = None) -> LiveReport:

@@ -16,6 +16,7 @@ import pytest
 
 from diffusionact.errors import BackendMissing
 from diffusionact.landmarks import Landmarks
+from diffusionact.runtime.control import Goal
 from diffusionact.runtime.reenactor import Reenactor, Settings
 from diffusionact.runtime.web import messages
 from diffusionact.runtime.web.pictures import BadPicture, decode, size_of
@@ -263,3 +264,30 @@ def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded() -> None:
     with pytest.raises(BadPicture, match="scans"):
         decode(whole[:-2] + 40_000 * scan + whole[-2:], 1280)  # 100 s of work in half a megabyte
     assert time.monotonic() - begun_s < 1.0
+
+
+def test_the_steps_follow_a_goal_that_visitors_share(
+    toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(threads=1, backend="ort", steps=4, step_choices=(2, 4))
+    with Reenactor.load(toy_bundle, settings=settings, tracker=FakeTracker([])) as act:
+        loop, render = act._loop, act._loop.render
+
+        def slow(x_T: npt.NDArray[np.float32], z: npt.NDArray[np.float32]) -> object:
+            time.sleep(0.012 * loop.steps)
+            return render(x_T, z)
+
+        monkeypatch.setattr(loop, "render", slow)
+        seen: list[int] = []
+
+        async def use(browser: Browser) -> None:
+            async with browser.page() as one, browser.page() as two:
+                await one.begin()
+                await drive(one, range(1, 30))
+                seen.append(act.steps)  # 48 ms of the 83 that a rate of 12 leaves: kept
+                await two.begin()
+                await asyncio.gather(drive(one, range(30, 70)), drive(two, range(1, 40)))
+                seen.append(act.steps)  # with another visitor it is twice 48
+
+        visit(act, use, goal=Goal(fps=12.0))
+    assert seen == [4, 2]

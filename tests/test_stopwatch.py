@@ -26,6 +26,7 @@ from diffusionact.runtime.timing import StageTimes
 from diffusionact.runtime.tracker import open_tracker
 
 SECONDS = 7.0
+RAREST_MS = 250.0  # half of the shortest time that the mouth stays as it is
 MOST_MISSED = 0.2  # of the mouth's changes, on a machine too busy to show each
 
 
@@ -66,6 +67,8 @@ def test_the_reported_latency_is_what_the_mouth_says(tmp_path: Path) -> None:
     with Reenactor.load(bundle_path(), settings=Settings(steps=2)) as act:
         source = prepare_portrait(act, portrait_paths()[0])
         seen = measure(act, source, SECONDS, tmp_path)
+    if seen.frame_ms > RAREST_MS:
+        pytest.skip(f"{seen.frame_ms:.0f} ms a frame: this machine is too busy to show a mouth")
     assert len(seen.delays_ms) >= (1.0 - MOST_MISSED) * seen.events
     assert seen.agrees, seen
     times, openings = read_mouth(tmp_path / "shown.mp4", source)

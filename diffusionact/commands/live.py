@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from diffusionact.commands.exits import DONE, INTERRUPTED, TERMINATED
-from diffusionact.commands.model import load_reenactor, positive
+from diffusionact.commands.model import goal_of, goal_options, load_reenactor, positive
 from diffusionact.commands.output import say
 from diffusionact.errors import SettingsError
 
 if TYPE_CHECKING:
-    from diffusionact.runtime.control import Goal
     from diffusionact.runtime.live import LiveReport
     from diffusionact.runtime.timing import StageTimes
 
@@ -51,8 +50,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="window (default), virtual[:DEVICE], http[:[HOST:]PORT] or a video to write; "
         "give more to show it in several places",
     )
-    add("--latency", type=_milliseconds, metavar="T", help="keep to it, such as 100ms, by steps")
-    add("--fps", type=float, metavar="N", help="keep to this rate by the number of steps")
+    goal_options(parser)
     add("--seconds", type=positive, metavar="N", help="end after this time")
     add("--no-label", action="store_true", help="without the mark AI-generated in the corner")
     add("--no-overlay", action="store_true", help="begin without the figures in the window")
@@ -76,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     from diffusionact.runtime.live import LiveSession, LiveSettings
     from diffusionact.runtime.sinks import SeveralSinks, open_sink
 
-    goal = _goal(arguments)
+    goal = goal_of(arguments)
     camera = open_camera(arguments.camera, realtime=arguments.realtime, loop=arguments.loop)
     specs = arguments.sink or ["window"]
     _check_sinks(specs, [arguments.camera, *arguments.source])
@@ -86,7 +84,6 @@ def run(arguments: argparse.Namespace) -> int:
     settings = LiveSettings(
         not arguments.no_label, not arguments.no_overlay, goal, arguments.seconds
     )
-    arguments.step_choices = None if goal else ()
     with load_reenactor(arguments) as act, _ended_by_signals() as ended:
         sources = [prepare_portrait(act, path, arguments.face) for path in arguments.source]
         report = LiveSession(act, sources, camera, sinks, settings).run(ended.event)
@@ -133,28 +130,6 @@ def _ended_by_signals() -> Iterator[_Ended]:
         yield ended
     finally:
         restore()
-
-
-def _goal(arguments: argparse.Namespace) -> Goal | None:
-    from diffusionact.runtime.control import Goal
-
-    if arguments.latency is None and arguments.fps is None:
-        return None
-    return Goal(arguments.latency, arguments.fps)
-
-
-def _milliseconds(text: str) -> float:
-    """Return milliseconds of a time such as 100, 100ms or 0.1s."""
-    number, unit = text, 1.0
-    for ending, factor in (("ms", 1.0), ("s", 1000.0)):
-        if text.endswith(ending):
-            number, unit = text.removesuffix(ending), factor
-            break
-    try:
-        return float(number) * unit
-    except ValueError:
-        message = f"{text!r}; wanted a time such as 100ms or 0.1s"
-        raise argparse.ArgumentTypeError(message) from None
 
 
 def _warn_of_missing_label() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from diffusionact.assets import bundle_path
 
 if TYPE_CHECKING:
+    from diffusionact.runtime.control import Goal
     from diffusionact.runtime.reenactor import Reenactor
 
 
@@ -77,6 +78,24 @@ def steps(text: str) -> int | tuple[int, ...]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
+def goal_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the step control."""
+    add = parser.add_argument
+    add("--latency", type=_milliseconds, metavar="T", help="keep to it, such as 100ms, by steps")
+    add("--fps", type=float, metavar="N", help="keep to this rate by the number of steps")
+
+
+def goal_of(arguments: argparse.Namespace) -> Goal | None:
+    """Return the goal of `goal_options`, for which the bundle's counts of steps are prepared; None
+    without one. Raises: SettingsError."""
+    from diffusionact.runtime.control import Goal
+
+    if arguments.latency is None and arguments.fps is None:
+        return None
+    arguments.step_choices = None
+    return Goal(arguments.latency, arguments.fps)
+
+
 def positive(text: str) -> float:
     """Return a number above 0. Raises: argparse.ArgumentTypeError."""
     try:
@@ -86,6 +105,20 @@ def positive(text: str) -> float:
     if not 0.0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}; wanted a number above 0")
     return number
+
+
+def _milliseconds(text: str) -> float:
+    """Return milliseconds of a time such as 100, 100ms or 0.1s."""
+    number, unit = text, 1.0
+    for ending, factor in (("ms", 1.0), ("s", 1000.0)):
+        if text.endswith(ending):
+            number, unit = text.removesuffix(ending), factor
+            break
+    try:
+        return float(number) * unit
+    except ValueError:
+        message = f"{text!r}; wanted a time such as 100ms or 0.1s"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def words(text: str) -> tuple[str, ...]:

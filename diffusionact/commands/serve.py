@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusionact.commands.exits import DONE, INTERRUPTED, TERMINATED
 from diffusionact.commands.extras import extra
-from diffusionact.commands.model import load_reenactor, positive
+from diffusionact.commands.model import goal_of, goal_options, load_reenactor, positive
 from diffusionact.commands.output import say
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds without a face until a session is closed (default: 120)",
     )
+    goal_options(parser)
     parser.set_defaults(crop=False, absolute_pose=False, smoothing=1.0, compat=None)
     # The camera's face is measured, never coded: sessions do not share a published tracker.
     parser.set_defaults(tracker="mediapipe")
@@ -68,9 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
         tls=(tls[0], tls[1]) if tls else None,
         limits=Limits(idle_s=arguments.idle),
     )
+    goal = goal_of(arguments)
     with load_reenactor(arguments) as act:
         told = partial(_tell, arguments, site)
-        return asyncio.run(_until_ended(serve(Studio(act), site, told)))
+        return asyncio.run(_until_ended(serve(Studio(act, goal=goal), site, told)))
 
 
 def _port(text: str) -> int:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from diffusionact.assets import portrait_paths
 from diffusionact.errors import BackendMissing, NoFace
 from diffusionact.landmarks import Landmarks, Track, sidecar_path
+from diffusionact.runtime.control import Goal, control_for
 from diffusionact.runtime.overlay import labelled
 from diffusionact.runtime.reenactor import Reenactor, Result
 from diffusionact.runtime.session import Session
@@ -28,6 +29,7 @@ from diffusionact.runtime.web.pictures import FRAME_SIDE, PORTRAIT_SIDE, decode,
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
+MOVING_NS = 1_000_000_000  # since its last frame, of a session that counts as moving
 FACE_MARGIN = 0.35  # around a face's box, of its size, in the picture that asks which one
 
 
@@ -58,9 +60,22 @@ class Rendered:
 class Studio:
     """Shared by all visitors; every method may be called from the event loop only."""
 
-    def __init__(self, act: Reenactor, new_tracker: Callable[[], Tracker] = open_tracker) -> None:
-        """new_tracker: makes the tracker of one visitor's camera frames."""
+    def __init__(
+        self,
+        act: Reenactor,
+        new_tracker: Callable[[], Tracker] = open_tracker,
+        goal: Goal | None = None,
+    ) -> None:
+        """new_tracker: makes the tracker of one visitor's camera frames; goal: of the step
+        control, None leaves the steps alone.
+
+        Raises: SettingsError for a goal with one count of steps prepared.
+        """
         self._act = act
+        self._goal = goal
+        self._control = control_for(goal, act.prepared_steps, act.steps)
+        self._steps = act.steps
+        self._moving: dict[Session, int] = {}  # and when (monotonic ns) each was last rendered
         self._new_tracker = new_tracker
         self._renderer = ThreadPoolExecutor(1, "renderer")
         self._tracking = ThreadPoolExecutor(1, "tracking")
@@ -135,10 +150,25 @@ class Studio:
         def rendered() -> Rendered:
             free_ns, begun_ns = self._free_ns, time.monotonic_ns()
             loop.call_soon_threadsafe(begun)
+            if self._act.steps != self._steps:
+                self._act.set_steps(self._steps)
             result = self._act.reenact(driver, session, pts_ns)
             return Rendered(result, ready_ns, begun_ns, time.monotonic_ns(), free_ns)
 
         return await self._render(rendered)
+
+    def observe(self, session: Session, made: Rendered, total_ns: int) -> None:
+        """Return nothing; the next frames take as many steps as the goal allows. total_ns: since
+        the frame came. A rate is shared by all who move: it is judged by a round of them."""
+        if self._control is None or self._goal is None or not made.result.seen:
+            return
+        now_ns = time.monotonic_ns()
+        self._moving[session] = now_ns
+        self._moving = {s: at for s, at in self._moving.items() if now_ns - at < MOVING_NS}
+        share = len(self._moving) if self._goal.fps else 1
+        spent_ns = share * (made.done_ns - made.begun_ns) if self._goal.fps else total_ns
+        render_ns = share * made.result.times.get("render", 0)
+        self._steps = self._control.observe(now_ns, made.result.steps, spent_ns, render_ns)
 
     async def tracker(self) -> Tracker | None:
         """Return a tracker for one visitor's camera, or None where none is installed."""

@@ -238,6 +238,7 @@ class Visitor:
                 render_ns=made.done_ns - made.begun_ns,
                 encode_ns=now_ns - made.done_ns,
             )
+            self._studio.observe(session, made, now_ns - received_ns)
             if session is self._session:
                 message = picture_message(
                     jpeg, packet.frame, packet.captured_us, moments,
