@@ -20,6 +20,7 @@ from diffusionact.errors import BackendMissing, EngineError
 from diffusionact.manifest import Manifest, TensorSpec
 from diffusionact.runtime import cuda
 from diffusionact.runtime.component import check_bound
+from diffusionact.runtime.jit_cache import cache_path, open_context
 
 DEVICES = ("cuda",)
 PRECISIONS = engine_files.PRECISIONS
@@ -76,19 +77,19 @@ class TrtComponent:
         inputs: Mapping[str, TensorSpec],
         outputs: Mapping[str, TensorSpec],
         lane: Lane,
+        code: Path,
     ) -> None:
+        """code: the file of `jit_cache`."""
         self.inputs = inputs
         self.outputs = outputs
         self._lane = lane
         self._engine = engine  # a context does not keep it
-        trt = lane.library.module
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = engine.create_execution_context(strategy)
+        context, keeping = open_context(lane.library.module, engine, code)
         if context is None:
             raise EngineError(f"TensorRT makes no context: {lane.log.text()}")
         lane.scratch.lend(context, engine.device_memory_size_v2)
         self._context = context
-        self._execute = context.execute_async_v3
+        self._execute = keeping(context.execute_async_v3)
         self._stream = lane.stream
         self._arrays: dict[str, Any] = {}
 
@@ -166,7 +167,7 @@ def open_plan(
             f"{lane.log.text()}; {mend}"
         )
     _check(path_of_plan, library.module, engine, {**inputs, **outputs}, set(inputs))
-    return TrtComponent(engine, inputs, outputs, lane)
+    return TrtComponent(engine, inputs, outputs, lane, cache_path(path_of_plan, gpu))
 
 
 def find_engines(bundle_dir: Path, manifest: Manifest, gpu: Gpu, precision: str) -> list[Found]:

@@ -104,10 +104,42 @@ class Engine:
     def get_tensor_shape(self, name: str) -> list[int]:
         return list(self.specs[name].shape)
 
-    def create_execution_context(self, strategy: str) -> Context:
-        assert strategy == "user managed"
+    def create_execution_context(self, how: Any) -> Context:
+        if isinstance(how, RuntimeConfig):
+            how = how.strategy
+        assert how == "user managed"
         self.contexts.append(Context(self))
         return self.contexts[-1]
+
+
+class RuntimeCache:
+    """Of TensorRT for RTX: what was compiled, here one name for each engine that has run."""
+
+    def __init__(self, fits: bool = True) -> None:
+        self.fits = fits
+        self.content = b""
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.content = blob if self.fits else b""
+        return self.fits
+
+    def serialize(self) -> bytes | None:
+        return self.content or None
+
+
+class RuntimeConfig:
+    def __init__(self, cache: RuntimeCache) -> None:
+        self.strategy, self.made, self.given = "static", cache, None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return self.made
+
+    def set_runtime_cache(self, cache: Any) -> bool:
+        self.given = cache
+        return True
 
 
 class StandIn:
@@ -227,6 +259,67 @@ def test_scratch_memory_is_shared_and_moves_to_the_largest(bundle: Path, library
     assert contexts[0].scratch[-1][1] == 4096
     assert contexts[1].scratch[0] == contexts[0].scratch[0], "no more was needed"
     assert len(trt._LANES) == 1 and len(parts) == 3
+
+
+def compiling(library: StandIn, cache: RuntimeCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the library compiles an engine as it runs it first, unless the cache has that."""
+    made: list[RuntimeConfig] = []
+
+    def create_runtime_config(self: Engine) -> RuntimeConfig:
+        made.append(RuntimeConfig(cache))
+        return made[-1]
+
+    def execute(self: Context, stream_handle: int) -> bool:
+        assert made[-1].given is cache, "the context was made with it"
+        cache.content = cache.content or b"compiled"
+        return self.answer
+
+    monkeypatch.setattr(library, "IRuntimeCache", RuntimeCache, raising=False)
+    monkeypatch.setattr(Engine, "create_runtime_config", create_runtime_config, raising=False)
+    monkeypatch.setattr(Context, "execute_async_v3", execute)
+
+
+def test_what_rtx_compiles_at_first_is_kept_for_the_next_start(
+    bundle: Path, library: StandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(engine_files.CACHE_VARIABLE, str(tmp_path / "cache"))
+    plan = build(bundle, library, "encoder")
+    kept = tmp_path / "cache" / "jit" / f"{plan.stem}-sm_89.bin"
+
+    def start(cache: RuntimeCache, answer: bool = True) -> None:
+        compiling(library, cache, monkeypatch)
+        part = open_engine(bundle, "encoder")
+        part.bind(**memory_of(part))
+        for engine in library.engines.values():
+            engine.contexts[-1].answer = answer
+        for _ in range(2):
+            part.run()
+
+    with pytest.raises(EngineError, match="does not run"):
+        start(RuntimeCache(), answer=False)
+    assert not kept.exists(), "of a run that failed"
+    start(RuntimeCache())
+    assert kept.read_bytes() == b"compiled"
+    written_ns = kept.stat().st_mtime_ns
+    second = RuntimeCache()
+    start(second)
+    assert second.content == b"compiled" and kept.stat().st_mtime_ns == written_ns
+    kept.write_bytes(b"of another driver")
+    start(RuntimeCache(fits=False))
+    assert kept.read_bytes() == b"compiled"
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(
+    bundle: Path, library: StandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "jit").write_text("a file where the folder would be")
+    monkeypatch.setenv(engine_files.CACHE_VARIABLE, str(tmp_path))
+    build(bundle, library, "encoder")
+    for cache in (RuntimeCache(), RuntimeCache()):
+        compiling(library, cache, monkeypatch)
+        part = open_engine(bundle, "encoder")
+        part.bind(**memory_of(part))
+        part.run()
 
 
 def test_an_engine_that_needs_no_scratch_gets_an_address(bundle: Path, library: StandIn) -> None:

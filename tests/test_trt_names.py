@@ -21,7 +21,10 @@ from typing import TypeAlias
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [p for p in (ROOT / "engines" / "plan.py", ROOT / "runtime" / "trt.py") if p.is_file()]
+SOURCES = [
+    ROOT / "engines" / "plan.py",
+    *(ROOT / "runtime" / n for n in ("trt.py", "jit_cache.py")),
+]
 
 # What our variables, and the results of their methods, are.
 CLASSES = {
@@ -37,6 +40,8 @@ CLASSES = {
     "inspector": "EngineInspector",
     "context": "IExecutionContext",
     "runtime": "Runtime",
+    "runtime_config": "IRuntimeConfig",
+    "cache": "IRuntimeCache",
 }
 ATTRIBUTES = ("_context", "runtime")  # of our objects, named as in CLASSES
 RETURNS = {
@@ -49,6 +54,8 @@ RETURNS = {
 RTX_ONLY = {
     "ComputeCapability", "ComputeCapability.CURRENT",
     "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability",
+    "IRuntimeConfig.create_runtime_cache", "IRuntimeConfig.set_runtime_cache",
+    "IRuntimeCache.serialize", "IRuntimeCache.deserialize",
 }  # fmt: skip
 OUR_OVERRIDES = {
     "ILogger": {"log": ["severity", "msg"]},
@@ -189,12 +196,14 @@ def test_the_sources_use_tensorrt() -> None:
     names = {name for _, name, _ in USES}
     assert {"Builder.build_serialized_network", "OnnxParser.parse", "ILogger.__init__"} <= names
     assert {"ComputeCapability.CURRENT", "ParserError.desc", "ITimingCache.serialize"} <= names
-    running = {name for file, name, _ in USES if file == "trt.py"}
+    running = {name for file, name, _ in USES if file != "plan.py"}
     assert {
         "Runtime.deserialize_cuda_engine", "ICudaEngine.device_memory_size_v2",
         "IExecutionContext.set_tensor_address", "IExecutionContext.execute_async_v3",
         "IExecutionContext.set_device_memory", "ICudaEngine.get_tensor_mode",
         "ExecutionContextAllocationStrategy.USER_MANAGED", "TensorIOMode.INPUT",
+        "ICudaEngine.create_execution_context", "IRuntimeConfig.set_runtime_cache",
+        "IRuntimeCache.deserialize", "IRuntimeCache.serialize",
     } <= running  # fmt: skip
 
 
