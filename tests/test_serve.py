@@ -7,7 +7,9 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -19,7 +21,9 @@ from diffusionact.landmarks import Landmarks
 from diffusionact.runtime.control import Goal
 from diffusionact.runtime.reenactor import Reenactor, Settings
 from diffusionact.runtime.web import messages
+from diffusionact.runtime.web import studio as studio_module
 from diffusionact.runtime.web.pictures import BadPicture, decode, size_of
+from diffusionact.runtime.web.studio import Studio
 from diffusionact.runtime.web.visitor import Close
 from tests.pages import (
     FRAME_US,
@@ -266,28 +270,30 @@ def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded() -> None:
     assert time.monotonic() - begun_s < 1.0
 
 
-def test_the_steps_follow_a_goal_that_visitors_share(
-    toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_steps_follow_a_rate_that_visitors_share(
+    toy_bundle: Path, portrait: Portrait, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """24 ms a frame: of the 50 that a rate of 20 leaves, one visitor takes half, three too much."""
+    now_ns = 10**9
+    monkeypatch.setattr(studio_module, "time", SimpleNamespace(monotonic_ns=lambda: now_ns))
     settings = Settings(threads=1, backend="ort", steps=4, step_choices=(2, 4))
+
+    async def story(act: Reenactor) -> list[int]:
+        nonlocal now_ns
+        studio, taken = Studio(act, goal=Goal(fps=20.0)), []
+        source = act.prepare(portrait[0], landmarks=portrait[1])
+        sessions = [act.session(source) for _ in range(3)]
+        for count in (1, 3):
+            for i in range(40):
+                now_ns += 25_000_000
+                session = sessions[i % count]
+                made = await studio.frame(session, portrait[1], now_ns, lambda: None)
+                result = replace(made.result, times={"render": 20_000_000})
+                spent = replace(made, result=result, begun_ns=0, done_ns=24_000_000)
+                studio.observe(session, spent, 24_000_000)
+            taken.append(act.steps)
+        await studio.close()
+        return taken
+
     with Reenactor.load(toy_bundle, settings=settings, tracker=FakeTracker([])) as act:
-        loop, render = act._loop, act._loop.render
-
-        def slow(x_T: npt.NDArray[np.float32], z: npt.NDArray[np.float32]) -> object:
-            time.sleep(0.012 * loop.steps)
-            return render(x_T, z)
-
-        monkeypatch.setattr(loop, "render", slow)
-        seen: list[int] = []
-
-        async def use(browser: Browser) -> None:
-            async with browser.page() as one, browser.page() as two:
-                await one.begin()
-                await drive(one, range(1, 30))
-                seen.append(act.steps)  # 48 ms of the 83 that a rate of 12 leaves: kept
-                await two.begin()
-                await asyncio.gather(drive(one, range(30, 70)), drive(two, range(1, 40)))
-                seen.append(act.steps)  # with another visitor it is twice 48
-
-        visit(act, use, goal=Goal(fps=12.0))
-    assert seen == [4, 2]
+        assert asyncio.run(story(act)) == [4, 2]
