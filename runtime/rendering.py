@@ -137,10 +137,10 @@ def _counted(
     """The frames, told to the progress; those of an interrupted run are there when it begins."""
     show: ProgressCallback | None = None
     for group in groups:
-        new = [made.index for made in group if made.times]
-        if left is not None and show is None and new:
-            show = left.stage("render", new[0], total)
-        yield group
         if show is not None:
             for made in group:
                 show(made.index + 1, total)
+        elif left is not None and any(made.times for made in group):
+            # From here on: when work on these began is not known here.
+            show = left.stage("render", group[-1].index + 1, total)
+        yield group
