@@ -27,7 +27,7 @@ from diffusionact.files import write_whole
 from diffusionact.manifest import Manifest
 from diffusionact.runtime.gpu_choice import gpu_backend
 from diffusionact.runtime.loop import Approximation
-from diffusionact.runtime.trial import REFERENCE, Measured, is_large
+from diffusionact.runtime.trial import CANDIDATES, REFERENCE, Measured, is_large
 
 LEAST_PSNR_DB = 40.0  # of a frame against fp32: below, an eye that looks for it may see it
 WORTH_IT = 1.1  # how much faster a lower precision must be
@@ -167,7 +167,8 @@ def _record(bundle_dir: Path, manifest: Manifest, threads: int) -> Record:
     key = _key(manifest, threads)
     try:
         found = decode(Record, json.loads(_path(key).read_bytes()))
-        if found.key == key and found.candidates:
+        known = {one.backend for one in found.candidates} <= set(CANDIDATES)
+        if found.key == key and found.candidates and known:
             return found
     except (OSError, ValueError) as problem:
         if not isinstance(problem, FileNotFoundError):

@@ -134,14 +134,17 @@ def test_it_is_measured_once_for_a_network_and_a_number_of_threads(
     assert len(trials) == 3 and trials[1][-1] == "1"
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"key": {}, "candidates": []}', "other key"])
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[1]", '{"key": {}, "candidates": []}', "other key", "ort?"]
+)
 def test_memory_that_is_damaged_or_foreign_is_made_again(
     toy_bundle: Path, manifest: Manifest, trials: list[list[str]], cache_dir: Path, damage: str
 ) -> None:
     choose(toy_bundle, manifest)
     (path,) = (cache_dir / "choice").iterdir()
     whole = path.read_text()
-    path.write_text(whole.replace('"threads": 0', '"threads": 9') if "other" in damage else damage)
+    foreign = {"other key": ('"threads": 0', '"threads": 9'), "ort?": ('"ort"', '"abacus"')}
+    path.write_text(whole.replace(*foreign[damage]) if damage in foreign else damage)
     assert choose(toy_bundle, manifest) == Choice("openvino", "bf16")
     assert len(trials) == 2 and path.read_text() == whole
 
