@@ -23,7 +23,7 @@ from diffusionact.runtime.media import Image
 log = logging.getLogger(__name__)
 
 JPEG_QUALITY = 90
-MAX_CLIENTS = 8
+MAX_CLIENTS, MAX_CONNECTIONS = 8, 32  # that watch; that are open, before they say what they want
 STALLED_S = 5.0  # for which nothing can be sent to a client
 BOUNDARY = "picture"
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -139,6 +139,12 @@ class _Server(ThreadingHTTPServer):
                     client.shutdown(socket.SHUT_RDWR)
                 except OSError:
                     pass  # gone already
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is a thread left for another connection, be it to say that there is none
+        for another watcher."""
+        with self.lock:
+            return len(self.clients) < MAX_CONNECTIONS
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("client %s is gone", client_address, exc_info=True)

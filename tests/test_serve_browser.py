@@ -246,6 +246,47 @@ def test_reload_a_full_house_and_a_seat_that_gets_free(tell: Callable[..., None]
     tell(story, sessions=1)
 
 
+def test_portraits_are_walked_through_by_keyboard(tell: Callable[..., None]) -> None:
+    """Faster than a server takes commands; the one where the walk ends is shown, and nothing of
+    those before it is drawn any more."""
+
+    async def story(browser: Chromium, server: Browser) -> None:
+        async with visiting(browser, server, "ada", "frames") as tab:
+            await tab.run("document.querySelector('#gallery input').focus()")
+            for _ in range(43):
+                for kind in ("keyDown", "keyUp"):
+                    await tab.call("Input.dispatchKeyEvent", type=kind, key="ArrowRight",
+                                   code="ArrowRight", windowsVirtualKeyCode=39)  # fmt: skip
+            chosen = "document.querySelector('#gallery input:checked').value"
+            assert await tab.run(chosen) == portrait_paths()[43 % len(portrait_paths())].stem
+            await tab.until(f"{STATUS} !== 'Live'", PATIENCE_S)
+            await tab.until(LIVE, PATIENCE_S)
+            own = cv2.imread(str(portrait_paths()[43 % len(portrait_paths())]))
+            assert np.abs((await screen(tab))[:40].astype(float) - own[:40]).mean() < 6
+
+    tell(story)
+
+
+def test_the_focus_stays_where_it_was_and_a_server_that_is_gone_is_told(
+    act: Reenactor, camera: Path
+) -> None:
+    async def told() -> None:
+        async with chromium(camera) as browser:
+            async with serving(act, Site()) as server:
+                tab = await browser.tab(address(server))
+                await tab.until(READY, PATIENCE_S)
+                await tab.run("document.querySelector('#start').focus()")
+                await tab.click("input[value=frames]")
+                await tab.click("#start")
+                await tab.until(LIVE, PATIENCE_S)
+                assert await tab.run("document.activeElement.id") == "start"
+                await tab.call("Network.setBlockedURLs", urls=["*/api/site"])
+                await tab.run("location.reload()")
+                await tab.until(f"{STATUS}.startsWith('The server does not answer')", PATIENCE_S)
+
+    asyncio.run(told())
+
+
 def test_a_lost_connection_comes_back_by_itself(act: Reenactor, camera: Path) -> None:
     async def told() -> None:
         site = Site(limits=Limits(idle_s=300.0))

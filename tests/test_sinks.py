@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import socket
@@ -255,6 +256,22 @@ def test_too_many_clients_are_told(server: HttpSink, monkeypatch: pytest.MonkeyP
     first = connected(server, "/stream.mjpg")
     assert first.status == 200
     assert connected(server, "/").status == 503
+
+
+def test_silent_connections_are_bounded(server: HttpSink, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mjpeg, "MAX_CONNECTIONS", 2)
+    port = int(server.name.rstrip("/").rpartition(":")[2])
+    before = threading.active_count()
+    with contextlib.ExitStack() as held:
+        for _ in range(2):
+            held.enter_context(socket.create_connection(("127.0.0.1", port)))
+        until_s = time.monotonic() + WAIT_S
+        while threading.active_count() < before + 2 and time.monotonic() < until_s:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        third = held.enter_context(socket.create_connection(("127.0.0.1", port), WAIT_S))
+        assert third.recv(1) == b""  # closed, without a thread
+        assert threading.active_count() <= before + 2
 
 
 def test_a_port_in_use_is_named(server: HttpSink) -> None:
