@@ -11,6 +11,7 @@ stored channels last; group norms, softmax and the modulation rows stay fp32, as
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,17 @@ def problem(device: str) -> str | None:
         return f"{what}; install one with it: https://pytorch.org/get-started/locally"
     what = f"PyTorch {torch.__version__} (CUDA {built}) finds no GPU"
     return f"{what}; see what `nvidia-smi` says, and `diffusionact check`"
+
+
+def cannot_run(bundle_dir: Path, manifest: Manifest, precision: str) -> str | None:
+    """Return why PyTorch cannot take the weights of a bundle, or None if it can."""
+    if importlib.util.find_spec("safetensors") is None:
+        return "no safetensors to read the weights with; run: pip install 'diffusionact[torch]'"
+    try:
+        find_weights(bundle_dir, manifest)
+    except BundleError as error:
+        return str(error)
+    return None
 
 
 # "auto" is the first. On CUDA half precision is the fast one; on a CPU fp32 is the reference.

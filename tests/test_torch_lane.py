@@ -4,12 +4,20 @@ classes of torch.cuda are exchanged for ones that write down what is asked of th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from diffusionact import bundle_path
+from diffusionact import manifest as manifest_file
+from diffusionact.errors import DeviceError
+from diffusionact.runtime import cuda, gpu_choice
 
 torch = pytest.importorskip("torch", reason="no PyTorch; make dev installs it")
 backend = pytest.importorskip("diffusionact.runtime.torch", reason="no safetensors")
@@ -75,6 +83,25 @@ def test_a_run_is_on_the_stream_in_memory_of_its_own(
         "enter Stream", "enter MemPool", "run, benchmark True, tf32 False", "leave", "leave",
     ]  # fmt: skip
     np.testing.assert_array_equal(y, 2 * x)
+
+
+def test_a_bundle_without_its_weights_leaves_the_gpu_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The usual machine with a GPU: PyTorch for CUDA is there, the bundle is that of the wheel."""
+    bundle = Path(shutil.copytree(bundle_path(), tmp_path / "face.bundle"))
+    told = manifest_file.read(bundle, verify=False)
+    monkeypatch.setattr(cuda, "why_not", lambda: None)
+    monkeypatch.setattr(backend, "problem", lambda device: None)
+    monkeypatch.setattr(gpu_choice, "ORDER", ("torch", "torch"))
+    here = gpu_choice.gpu_backend(bundle, told, "auto", asked=False)
+    assert here == ("torch" if backend.weights_places(bundle) else None)
+    foreign = dataclasses.replace(told, weights_sha256="0" * 64)
+    assert gpu_choice.gpu_backend(bundle, foreign, "auto", asked=False) is None
+    with pytest.raises(DeviceError, match=r"torch: .* needs the weights .* run: cp WEIGHTS"):
+        gpu_choice.gpu_backend(bundle, foreign, "auto", asked=True)
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    assert "safetensors" in str(backend.cannot_run(bundle, told, "fp16"))
 
 
 def test_pytorch_has_these_names() -> None:
