@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
+
 from diffusionact.errors import MediaError, SettingsError
+from diffusionact.image import resize_area
 from diffusionact.landmarks import sidecar_path
 from diffusionact.progress import TimedCallback, TimeLeft
 from diffusionact.runtime.media import (
@@ -103,17 +106,32 @@ def run_clip(
     return ClipReport(output, len(motion.spans_ns), motion.seen(), done, spent_s, tally.summary())
 
 
-def prepare_portrait(act: Reenactor, portrait: PathLike, face: int | None = None) -> Source:
+def prepare_portrait(
+    act: Reenactor, portrait: PathLike, face: int | None = None, most_side: int | None = None
+) -> Source:
     """Return the source of a picture file.
 
-    face: which of several, from 1; the landmarks beside the picture are those of the first.
+    face: which of several, from 1; the landmarks beside the picture are those of the first;
+    most_side: px, a larger picture is made smaller: each frame is one of its size.
     Raises: MediaError, NoFace, SettingsError, BackendMissing.
     """
     image = read_image(portrait)
     known = Sidecar.beside(portrait) if face in (None, 1) else None
-    if known is None:
+    landmarks = None
+    height, width = image.shape[:2]
+    if known is not None:
+        (landmarks,) = known.faces(1, (width, height))
+    if most_side is not None and max(height, width) > most_side:
+        ratio = most_side / max(height, width)
+        image = resize_area(image, max(round(ratio * width), 1), max(round(ratio * height), 1))
+        if landmarks is not None:
+            across, down = image.shape[1] / width, image.shape[0] / height
+            shrunk = np.array(
+                [[across, 0.0, (across - 1.0) / 2.0], [0.0, down, (down - 1.0) / 2.0]]
+            )
+            landmarks = landmarks.transformed(shrunk)
+    if landmarks is None:
         return act.prepare(image, face)
-    (landmarks,) = known.faces(1, (image.shape[1], image.shape[0]))
     return act.prepare(image, landmarks=landmarks)
 
 

@@ -9,13 +9,17 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 from diffusionact import portrait_paths
 from diffusionact.cli import main
 from diffusionact.landmarks import Landmarks
+from diffusionact.runtime.clip import prepare_portrait
 from diffusionact.runtime.media import NS, open_reader
-from tests.clips import grey, write
+from diffusionact.runtime.reenactor import Reenactor, Settings
+from tests.clips import grey, write, write_portrait
 
 
 def test_the_command_ends_with_one_line(
@@ -88,3 +92,18 @@ def test_what_cannot_be_is_refused(
     assert main([*base, *(word.format(clip=clip) for word in words)]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.glob("*.mp4")) == [] and clip.read_bytes() == before
+
+
+def test_a_large_portrait_is_made_smaller_with_its_face(
+    toy_bundle: Path, tmp_path: Path, portrait: tuple[np.ndarray, Landmarks]
+) -> None:
+    image, face = portrait
+    path = tmp_path / "large.png"
+    grown = cv2.resize(image, (8 * image.shape[1], 8 * image.shape[0]))
+    write_portrait(path, grown, face.transformed(np.array([[8.0, 0, 3.5], [0, 8.0, 3.5]])))
+    with Reenactor.load(toy_bundle, settings=Settings(backend="ort", threads=1)) as act:
+        whole = prepare_portrait(act, path)
+        small = prepare_portrait(act, path, most_side=200)
+    assert max(whole.portrait.shape) == 720 and small.portrait.shape == (200, 178, 3)
+    np.testing.assert_allclose(small.landmarks.points, whole.landmarks.points, atol=0.2)
+    assert np.abs(small.crop.astype(int) - whole.crop).mean() < 6.0

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from diffusionact.runtime.timing import StageTimes
 
 HELP = "Move a portrait with a camera, live, in a window, a virtual camera, a page or a file."
+MOST_SIDE_PX = 1280  # of a portrait: a camera's. A phone's photo is shown small, and takes longer
 EPILOG = (
     "keys, in the window or the terminal: r finds your neutral face anew, o shows or hides the "
     "figures, n or 1 to 9 changes the portrait, q ends"
@@ -85,7 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
         not arguments.no_label, not arguments.no_overlay, goal, arguments.seconds
     )
     with load_reenactor(arguments) as act, _ended_by_signals() as ended:
-        sources = [prepare_portrait(act, path, arguments.face) for path in arguments.source]
+        sources = [
+            prepare_portrait(act, path, arguments.face, MOST_SIDE_PX) for path in arguments.source
+        ]
         report = LiveSession(act, sources, camera, sinks, settings).run(ended.event)
     say(arguments, _values(report), _text(report, sinks.name))
     return ended.status
