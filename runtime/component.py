@@ -22,7 +22,8 @@ Array: TypeAlias = npt.NDArray[Any]
 # DEVICES and PRECISIONS, the best first (precisions: of those that work on this machine, by device
 # where they differ), and open_model(path, inputs, outputs, device, threads, precision) -> Component.
 # One that runs a network for several frames at once has open_together, the same with `frames`, and
-# AT_ONCE: precision -> how many of a clip's frames it is fastest with.
+# AT_ONCE: precision -> how many of a clip's frames it is fastest with, for files of up to
+# AT_ONCE_BYTES.
 BACKENDS: Mapping[str, str] = {
     "ort": "diffusionact.runtime.ort",
     "openvino": "diffusionact.runtime.openvino",
@@ -135,10 +136,12 @@ def open_reusing(
     return whole, shallow
 
 
-def frames_at_once(backend: str, device: str, precision: str, asked: int | None = None) -> int:
+def frames_at_once(
+    model: Path, backend: str, device: str, precision: str, asked: int | None = None
+) -> int:
     """Return how many frames of a clip one network takes at once: what was asked for, or what the
-    backend is fastest with in a precision. Raises: as open_component, and SettingsError where
-    several were asked for and the backend takes one."""
+    backend is fastest with for a model of this size in a precision. Raises: as open_component, and
+    SettingsError where several were asked for and the backend takes one."""
     module, chosen, rounding = _resolved(backend, device, precision)
     several = hasattr(module, "open_together") and chosen == "cpu"
     if not several and (asked or 1) > 1:
@@ -146,7 +149,9 @@ def frames_at_once(backend: str, device: str, precision: str, asked: int | None 
             f"at_once={asked}: backend {backend!r} renders one frame at a time; choose 'openvino' "
             "on a CPU, or leave it out"
         )
-    return asked or (int(module.AT_ONCE[rounding]) if several else 1)
+    if asked or not several or model.stat().st_size > module.AT_ONCE_BYTES:
+        return asked or 1
+    return int(module.AT_ONCE[rounding])
 
 
 def device_of(backend: str, device: str) -> str:

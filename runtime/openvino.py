@@ -34,6 +34,8 @@ Array: TypeAlias = npt.NDArray[Any]
 DEVICES = ("cpu",)
 # Frames of a clip that a network is fastest with at once: `python -m benchmarks.batch`.
 AT_ONCE: Mapping[str, int] = {"bf16": 4, "fp32": 1}
+# A larger model keeps the cores busy with one frame, and would take its memory twice.
+AT_ONCE_BYTES = 100 * 10**6
 FOLDER = "openvino"  # of the cache directory
 # Raised when other graphs are made of the same ONNX file: what was compiled before is stale.
 RECIPE = 1

@@ -163,7 +163,10 @@ class Reenactor:
         )
         at_once = 1  # features that are reused are those of one frame
         if not settings.approximate:
-            at_once = frames_at_once(chosen.backend, device, chosen.precision, settings.at_once)
+            step = bundle_dir / manifest.components["unet_step"].file
+            at_once = frames_at_once(
+                step, chosen.backend, device, chosen.precision, settings.at_once
+            )
         loop = open_loop(
             bundle_dir,
             manifest,
