@@ -81,7 +81,12 @@ def steps(text: str) -> int | tuple[int, ...]:
 def goal_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the step control."""
     add = parser.add_argument
-    add("--latency", type=_milliseconds, metavar="T", help="keep to it, such as 100ms, by steps")
+    add(
+        "--latency",
+        type=_milliseconds,
+        metavar="T",
+        help="keep to this latency, such as 100ms, by the number of steps",
+    )
     add("--fps", type=float, metavar="N", help="keep to this rate by the number of steps")
 
 

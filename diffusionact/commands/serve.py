@@ -33,11 +33,23 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="where to listen (default: 127.0.0.1, this machine only); others need --token",
     )
-    add("--port", type=_port, default=PORT, metavar="N", help=f"(default: {PORT}; 0: any)")
+    add(
+        "--port",
+        type=_port,
+        default=PORT,
+        metavar="N",
+        help=f"default: {PORT}; 0: any that is free",
+    )
     add("--token", metavar="TEXT", help="wanted of every page; `new` makes one and prints it")
-    add("--allow-host", action="append", default=[], metavar="NAME", help="a name it goes by")
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a host name pages may use",
+    )
     add("--tls", nargs=2, metavar=("CERT", "KEY"), help="https: certificate and key, PEM")
-    add("--sessions", type=int, default=4, metavar="N", help="at once (default: 4)")
+    add("--sessions", type=int, default=4, metavar="N", help="pages at once (default: 4)")
     add(
         "--idle",
         type=positive,
