@@ -282,7 +282,8 @@ def test_the_focus_stays_where_it_was_and_a_server_that_is_gone_is_told(
                 assert await tab.run("document.activeElement.id") == "start"
                 await tab.call("Network.setBlockedURLs", urls=["*/api/site"])
                 await tab.run("location.reload()")
-                await tab.until(f"{STATUS}.startsWith('The server does not answer')", PATIENCE_S)
+                status = "document.querySelector('#status')?.textContent"
+                await tab.until(f"{status}?.startsWith('The server does not answer')", PATIENCE_S)
 
     asyncio.run(told())
 
