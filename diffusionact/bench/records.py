@@ -174,7 +174,7 @@ def _record(path: Path, number: int, line: str) -> Record:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise MediaError(
             f"{path}, line {number}: no record of `diffusionact bench` in format {FORMAT} "
-            f"({error!r}); remove the line: sed -i {number}d FILE, or measure into another file"
+            f"({error!r}); remove the line: sed -i {number}d {path}"
         ) from error
     return dict(record)
 
