@@ -48,7 +48,7 @@ def peers_text(path: Path) -> str:
         [
             _table(("", "s a frame", "times as fast", "peak GiB", "load s"), rows),
             "",
-            f"{_first_up(found['network'])}. {_measured(found)} by "
+            f"Network: {found['network']}. {_measured(found)} by "
             f"`{found['command']}`; ratios are medians of rounds in which the rows took turns, "
             "with 95 % intervals.",
         ]
@@ -150,10 +150,6 @@ def _ratio(ratio: float, interval: Sequence[float]) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(line) + " |" for line in (head, *rows)]
     return "\n".join([lines[0], "| --- |" + " ---: |" * (len(head) - 1), *lines[1:]])
-
-
-def _first_up(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def main() -> int:
