@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFUSIONACT_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def the_log_is_as_loud_as_before() -> Iterator[None]:
+    """A command sets the level of the package's log: the next test must not hear of it."""
+    log = logging.getLogger("diffusionact")
+    before = log.level
+    yield
+    log.setLevel(before)
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ def test_the_demo_needs_no_tracker_and_shows_three_panels(
         )  # fmt: skip
         assert act._tracker is None
     assert report.frames == FRAMES
-    assert [done for stage, done in seen if stage == "render"] == list(range(FRAMES + 1))
+    assert [done for stage, done in seen if stage == "render"] == list(range(1, FRAMES + 1))
     assert list(report.times)[0] == "read" and list(report.times)[-1] == "total"
     frames = [f.image_bgr for f in open_reader(report.video)]
     assert len(frames) == FRAMES

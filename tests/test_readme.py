@@ -81,7 +81,8 @@ def test_make_has_the_target(words: list[str]) -> None:
 def test_the_command_line_takes_the_command(words: list[str]) -> None:
     arguments = cli._parser().parse_args(words[1:])
     for name in ("source", "driver", "bundle", "recipe", "weights"):
-        if value := vars(arguments).get(name):
+        given = vars(arguments).get(name) or []
+        for value in given if isinstance(given, list) else [given]:
             assert (ROOT / value).exists(), f"{value} is not among what ships"
 
 
