@@ -7,9 +7,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusionact.assets import bundle_path, driver_path, portrait_paths
+from diffusionact.assets import driver_path, portrait_paths
 from diffusionact.commands.exits import DONE
-from diffusionact.commands.model import counts, words
+from diffusionact.commands.model import bundle_argument, counts, words
 from diffusionact.commands.output import say
 from diffusionact.errors import MediaError
 from diffusionact.files import check_place
@@ -22,13 +22,7 @@ HELP = "How fast a bundle is here: stages, frames, start, memory."
 
 def options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "bundle",
-        nargs="?",
-        default=bundle_path(),
-        metavar="BUNDLE",
-        help="(default: the shipped one)",
-    )
+    bundle_argument(parser)
     add("-s", "--source", metavar="PORTRAIT", help="(default: the first shipped one)")
     add("-d", "--driver", metavar="DRIVER", help="(default: the shipped clip)")
     add("--backend", type=words, default=("auto",), metavar="NAME,...", help="(default: auto)")

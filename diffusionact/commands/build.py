@@ -7,10 +7,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusionact.assets import bundle_path
 from diffusionact.commands.exits import DONE
 from diffusionact.commands.extras import extra
-from diffusionact.commands.model import counts, words
+from diffusionact.commands.model import bundle_argument, counts, words
 from diffusionact.commands.output import say
 
 if TYPE_CHECKING:
@@ -21,13 +20,7 @@ HELP = "A bundle -> TensorRT engines, for this GPU or for named ones."
 
 def options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "bundle",
-        nargs="?",
-        default=bundle_path(),
-        metavar="BUNDLE",
-        help="(default: the shipped one)",
-    )
+    bundle_argument(parser)
     add(
         "--gpu",
         type=words,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from diffusionact.assets import bundle_path
 from diffusionact.commands.exits import DONE
 from diffusionact.commands.extras import extra
+from diffusionact.commands.model import bundle_argument
 from diffusionact.commands.output import say
 
 HELP = "Records what the networks are fed, and finds the ranges for 8-bit engines."
@@ -16,13 +16,7 @@ FRAMES = 8
 
 def options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "bundle",
-        nargs="?",
-        default=bundle_path(),
-        metavar="BUNDLE",
-        help="(default: the shipped one)",
-    )
+    bundle_argument(parser)
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="for build --calibration")
     add("--kind", default="int8", choices=("int8", "fp8"))
     add(

@@ -6,21 +6,15 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from diffusionact.assets import bundle_path
 from diffusionact.commands.exits import DONE, FAILED
+from diffusionact.commands.model import bundle_argument
 from diffusionact.commands.output import say
 
 HELP = "Versions, devices, backends, tracker, and a bundle's health."
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "bundle",
-        nargs="?",
-        default=bundle_path(),
-        metavar="BUNDLE",
-        help="(default: the shipped one)",
-    )
+    bundle_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -48,6 +48,17 @@ def model_options() -> argparse.ArgumentParser:
     return options
 
 
+def bundle_argument(parser: argparse.ArgumentParser) -> None:
+    """Give a command its BUNDLE, the shipped one where none is named."""
+    parser.add_argument(
+        "bundle",
+        nargs="?",
+        default=bundle_path(),
+        metavar="BUNDLE",
+        help="(default: the shipped one)",
+    )
+
+
 def load_reenactor(arguments: argparse.Namespace) -> Reenactor:
     """Return the reenactor of `model_options` and of what the command adds to them."""
     from diffusionact.runtime.reenactor import Reenactor, Settings
