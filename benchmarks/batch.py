@@ -30,6 +30,7 @@ from onnx import helper, numpy_helper
 
 from diffusionact import machine, manifest
 from diffusionact.assets import bundle_path
+from diffusionact.files import write_whole
 from diffusionact.manifest import TensorSpec
 from diffusionact.runtime.component import BACKENDS, Component, fixed
 
@@ -219,7 +220,7 @@ def main() -> None:
     if arguments.json:
         results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
         results[known.name] = report
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_whole(arguments.json, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

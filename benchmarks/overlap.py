@@ -22,6 +22,7 @@ from unittest import mock
 
 from diffusionact import machine
 from diffusionact.assets import bundle_path, driver_path, portrait_paths
+from diffusionact.files import write_whole
 from diffusionact.runtime.clip import prepare_portrait
 from diffusionact.runtime.media import open_reader
 from diffusionact.runtime.motion import Motion, driver_motion
@@ -142,7 +143,7 @@ def main() -> None:
     }
     print(json.dumps(report))
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_whole(arguments.json, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

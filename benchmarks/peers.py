@@ -34,6 +34,7 @@ from benchmarks.peer_kinds import STEPS
 from diffusionact import bundle_path, machine
 from diffusionact import manifest as manifest_file
 from diffusionact.bench import records
+from diffusionact.files import write_whole
 from diffusionact.runtime.choice import choose
 from diffusionact.runtime.contest import Contestant, contest
 
@@ -238,7 +239,7 @@ def main(words: Sequence[str] | None = None) -> int:
     }
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_whole(given.out, json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures) if given.json else table(figures))
     honest: bool = figures["baseline_share_in_networks"] >= NETWORKS_SHARE
     if not honest:

@@ -33,6 +33,7 @@ import cv2
 
 from benchmarks.soak import judge, watch
 from diffusionact.assets import driver_path, portrait_paths
+from diffusionact.files import write_whole
 from diffusionact.landmarks import Track, sidecar_path
 from diffusionact.runtime.timing import summarise
 from diffusionact.runtime.web.messages import frame_message, landmarks_message
@@ -237,7 +238,7 @@ def main() -> None:
         print(f"{name:18} {value}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report) + "\n", encoding="utf-8")
+        write_whole(arguments.json, json.dumps(report) + "\n")
     sys.exit(0 if report.get("soak", {}).get("flat", True) else 1)
 
 

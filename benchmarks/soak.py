@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusionact.assets import bundle_path, driver_path, portrait_paths
+from diffusionact.files import write_whole
 from diffusionact.runtime.camera import open_camera
 from diffusionact.runtime.clip import prepare_portrait
 from diffusionact.runtime.live import LiveSession, LiveSettings
@@ -195,7 +196,7 @@ def main() -> None:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         kept = {**asdict(verdict), "flat": verdict.flat}
-        arguments.json.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+        write_whole(arguments.json, json.dumps(kept) + "\n")
     sys.exit(0 if verdict.flat else 1)
 
 

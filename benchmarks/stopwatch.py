@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusionact.assets import bundle_path, portrait_paths
+from diffusionact.files import write_whole
 from diffusionact.image import bgr_to_rgb
 from diffusionact.landmarks import Landmarks, invert_affine
 from diffusionact.runtime.camera import ClipCamera
@@ -172,7 +173,7 @@ def main() -> None:
         print(f"{name:14} {value:.1f}" if isinstance(value, float) else f"{name:14} {value}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(values) + "\n", encoding="utf-8")
+        write_whole(arguments.json, json.dumps(values) + "\n")
 
 
 if __name__ == "__main__":

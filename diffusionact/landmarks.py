@@ -294,8 +294,12 @@ def load_npz(path: str | os.PathLike[str], what: str) -> Mapping[str, npt.NDArra
     Raises: MediaError when it is missing or not such a file.
     """
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        with open(path, "rb") as raw:
+            if not zipfile.is_zipfile(raw):  # NumPy would advise to unpickle it
+                raise zipfile.BadZipFile("another kind of file, or cut short")
+            raw.seek(0)
+            with np.load(raw, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise MediaError(f"{path}: no such file (wanted a {what}, .npz)") from None
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:

@@ -84,7 +84,7 @@ class FileSink:
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self._writer = VideoWriter(path, RECORD_TICK, None, RECORD_OPTIONS)
+        self._path = path
         self._size: tuple[int, int] | None = None
         self.begun_ns = 0
 
@@ -100,7 +100,8 @@ class FileSink:
         return ()
 
     def __enter__(self) -> FileSink:
-        self._writer.__enter__()
+        # Not before: who fails until then leaves no unfinished file behind.
+        self._writer = VideoWriter(self._path, RECORD_TICK, None, RECORD_OPTIONS)
         return self
 
     def __exit__(

@@ -13,7 +13,7 @@ import pytest
 from diffusionact import cli
 from diffusionact.bench import records
 from diffusionact.bench.compare import ONE_RUN, TOO_FEW, compare, ratio_of_medians
-from diffusionact.errors import SettingsError
+from diffusionact.errors import MediaError, SettingsError
 
 MACHINE = {
     "cpu": "Abacus", "cpu_id": None, "cores": 4, "flags": ["avx2"], "memory_gib": 8, "gpus": [],
@@ -180,3 +180,14 @@ def test_limits_that_make_no_sense_are_refused(limit: str, tmp_path: Path) -> No
     with pytest.raises(SystemExit) as ended:
         cli.main(["bench-compare", "a", "b", f"--fail-above={limit}"])
     assert ended.value.code == 2
+
+
+def test_a_broken_last_line_may_go_and_another_kind_of_file_may_stay(tmp_path: Path) -> None:
+    lines = tmp_path / "runs.json"
+    lines.write_text(json.dumps(record(10.0, 1)) + "\n{broken\n")
+    with pytest.raises(MediaError, match=f"sed -i 2d {lines}"):
+        records.read(lines)
+    lines.write_text("# Notes\n")
+    with pytest.raises(MediaError, match="wanted a file of `diffusionact bench --out`") as refused:
+        records.read(lines)
+    assert "sed" not in str(refused.value)

@@ -267,3 +267,11 @@ def test_a_track_into_a_path_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(MediaError, match="cannot be written"):
         a_track().save(tmp_path / "file" / "clip.npz")
+
+
+def test_another_kind_of_file_is_no_track_and_nobody_is_told_to_unpickle_it(tmp_path: Path) -> None:
+    wrong = tmp_path / "notes.npz"
+    wrong.write_text("# Notes\n")
+    with pytest.raises(MediaError, match="cannot be read as a landmark track") as refused:
+        Track.load(wrong)
+    assert "another kind of file" in str(refused.value) and "pickle" not in str(refused.value)

@@ -77,6 +77,7 @@ def test_a_signal_ends_the_session_and_keeps_its_file(
         (["--latency", "100ms", "--fps", "20"], "one of them"),
         (["--sink", "twice.mp4", "--sink", "./twice.mp4"], "twice"),
         (["--camera", "{clip}", "--sink", "{clip}"], "would overwrite"),
+        (["--camera", "{clip}", "-s", "{clip}"], "clip.mkv"),  # no picture: found with sinks open
     ],
 )
 def test_what_cannot_be_is_refused(

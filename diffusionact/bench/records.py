@@ -172,9 +172,11 @@ def _record(path: Path, number: int, line: str) -> Record:
         if not record["samples_ms"][TOTAL][0]:
             raise ValueError("no samples")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        # With good lines before it, it is an append that was cut short; else another kind of file.
+        mend = f"remove the line: sed -i {number}d {path}"
         raise MediaError(
             f"{path}, line {number}: no record of `diffusionact bench` in format {FORMAT} "
-            f"({error!r}); remove the line: sed -i {number}d {path}"
+            f"({error!r}); {mend if number > 1 else 'wanted a file of `diffusionact bench --out`'}"
         ) from error
     return dict(record)
 

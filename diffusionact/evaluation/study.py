@@ -14,6 +14,7 @@ import numpy as np
 
 from diffusionact.errors import MediaError, SettingsError
 from diffusionact.evaluation.page import page
+from diffusionact.files import write_whole
 from diffusionact.image import resize_area
 
 SIDE_PX = 256
@@ -90,7 +91,7 @@ def write_study(
     key = base64.b64encode(json.dumps([asdict(q) for q in asked]).encode()).decode()
     script = f"const items = {json.dumps(items)};\nconst key = {json.dumps(key)};\n{SCRIPT}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page("Which is better?", BODY, script), encoding="utf-8")
+    write_whole(path, page("Which is better?", BODY, script))
 
 
 def count(files: Sequence[Path]) -> list[Share]:
