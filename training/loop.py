@@ -27,7 +27,7 @@ from diffusionact.training.losses import HeadTargets, head_targets
 from diffusionact.training.models import fused_norm
 from diffusionact.training.muon import Muon
 from diffusionact.training.sheets import held_out_pairs, pictures, scores, write_sheet
-from diffusionact.training.stages import stage_loss, to_sample, trained
+from diffusionact.training.stages import STAGES, stage_loss, to_sample, trained
 from diffusionact.training.state import State
 from diffusionact.training.world import World, join_world
 
@@ -137,7 +137,9 @@ class Trainer:
                 if self.stop:
                     self.save()
                     return False
-                if stage.kind != "scene":  # before a decoder is trained there is nothing to see
+                if STAGES[
+                    stage.kind
+                ].DECODES:  # before a decoder is trained there is nothing to see
                     self.sheet(stage)
                 self.state.restart_from_average()
                 self.state.progress.next_stage()
@@ -169,7 +171,10 @@ class Trainer:
                 if self.world.first:
                     curve.add(self.state, stage, parts)
                 now = time.monotonic()
-                if stage.kind != "scene" and now - sheeted > 60 * self.recipe.loop.sheet_minutes:
+                if (
+                    STAGES[stage.kind].DECODES
+                    and now - sheeted > 60 * self.recipe.loop.sheet_minutes
+                ):
                     self.sheet(stage)
                     sheeted = time.monotonic()
                 if now - saved > 60 * self.recipe.loop.checkpoint_minutes:

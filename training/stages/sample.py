@@ -1,0 +1,59 @@
+"""A batch as tensors, with its noise and timesteps drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusionact.training.config import Recipe, StageRecipe
+from diffusionact.training.data import Batch
+from diffusionact.training.diffusion import draw_timesteps, to_batch
+from diffusionact.training.losses import head_targets, keypoint_targets, pixel_weights
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A batch as tensors on the device: pictures float32 [B,3,S,S] in [-1,1], weight [B,1,S,S],
+    values float32 [B,K] for the heads, keypoints float32 [B,70,2] px, true_keypoints bool [B] where
+    the U-Net sees those instead of what z places, noise eps [B,3,S,S], timesteps t int64 [B]."""
+
+    target: Tensor
+    source: Tensor | None
+    condition: Tensor | None
+    weight: Tensor
+    values: Tensor
+    keypoints: Tensor
+    true_keypoints: Tensor
+    eps: Tensor
+    t: Tensor
+
+
+def to_sample(
+    batch: Batch, recipe: Recipe, stage: StageRecipe, generator: torch.Generator, fraction: float
+) -> Sample:
+    """Returns the batch on the generator's device, with noise and timesteps drawn; `fraction` of
+    the stage is over."""
+    device = generator.device
+    target = to_batch(batch.target, device)
+    eps = torch.randn(target.shape, generator=generator, device=device)
+    eps = eps.contiguous(memory_format=torch.channels_last)
+    eps[: len(batch.noise)] = torch.from_numpy(batch.noise).to(device, torch.float32)
+    values = head_targets(batch.points, batch.gaze, batch.parameters).values
+    gaze = torch.from_numpy(np.ascontiguousarray(batch.gaze)).to(device)
+    count = len(target)
+    until = stage.true_keypoints_until
+    true_share = 1 - fraction / until if until else 0.0
+    return Sample(
+        target=target,
+        source=None if batch.source is None else to_batch(batch.source, device),
+        condition=None if batch.condition is None else to_batch(batch.condition, device),
+        weight=pixel_weights(torch.from_numpy(batch.labels).to(device), gaze, recipe.loss),
+        values=torch.from_numpy(values).to(device),
+        keypoints=torch.from_numpy(keypoint_targets(batch.points, batch.gaze)).to(device),
+        true_keypoints=torch.rand(count, generator=generator, device=device) < true_share,
+        eps=eps,
+        t=draw_timesteps(count, stage.timestep_power, generator),
+    )
