@@ -96,6 +96,37 @@ class StageRecipe:
 
 
 @dataclass(frozen=True)
+class CriticRecipe:
+    """The frozen networks that judge a picture in training (`critics.open_critics`): our own small
+    one for rendered faces, and published files; of what both read, the published file is asked."""
+
+    guide: str = ""  # training/checkpoints/guide.safetensors
+    vgg19: str = ""
+    arcface: str = ""
+    farl: str = ""
+    bisenet: str = ""
+    xgaze: str = ""
+    emoca: str = ""  # the folder with cfg.yaml and detail/checkpoints, or a checkpoint of it
+
+
+@dataclass(frozen=True)
+class CriteriaRecipe:
+    """The weights of the eight losses of `criteria`; 0 leaves one out, and needs no network.
+
+    Source: DiffusionAct, implementation details.
+    """
+
+    pixel: float = 20.0
+    perceptual: float = 20.0
+    identity: float = 20.0
+    style: float = 20.0
+    background: float = 10.0
+    shape: float = 0.5
+    gaze: float = 2.0
+    head_pose: float = 2.0
+
+
+@dataclass(frozen=True)
 class LoopRecipe:
     """What happens beside the steps: how often, and how."""
 
@@ -118,6 +149,8 @@ class Recipe:
     stages: tuple[StageRecipe, ...]
     loss: LossRecipe = field(default_factory=LossRecipe)
     inversions: InversionRecipe = field(default_factory=InversionRecipe)
+    critics: CriticRecipe = field(default_factory=CriticRecipe)
+    criteria: CriteriaRecipe = field(default_factory=CriteriaRecipe)
     loop: LoopRecipe = field(default_factory=LoopRecipe)
     seed: int = 1
     weights: str = "training/checkpoints/face.safetensors"
@@ -151,7 +184,7 @@ def parse_recipe(text: str, where: str = "recipe") -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{where}: not TOML: {error}") from error
     tables = {"pool": PoolRecipe, "loss": LossRecipe, "inversions": InversionRecipe,
-              "loop": LoopRecipe}  # fmt: skip
+              "critics": CriticRecipe, "criteria": CriteriaRecipe, "loop": LoopRecipe}  # fmt: skip
     for key, cls in tables.items():
         if key in values:
             values[key] = _build(cls, values[key], f"{where} [{key}]")
@@ -180,6 +213,9 @@ def _check(recipe: Recipe, where: str) -> None:
             f"{where} [pool]: held_out = {recipe.pool.held_out}, wanted between 1 and "
             f"identities - 1 = {recipe.pool.identities - 1}"
         )
+    for name, weight in dataclasses.asdict(recipe.criteria).items():
+        if not 0 <= weight < float("inf"):
+            raise SettingsError(f"{where} [criteria]: {name} = {weight}, wanted 0 or above")
     for stage in recipe.stages:
         if stage.kind not in get_args(Kind):
             kinds = ", ".join(repr(kind) for kind in get_args(Kind))
