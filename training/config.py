@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 from diffusionact.errors import SettingsError
+from diffusionact.schedule import timesteps
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-Kind = Literal["scene", "autoencoder", "reenact"]
+Kind = Literal["scene", "autoencoder", "reenact", "student"]
 T = TypeVar("T")
 
 
@@ -60,11 +61,22 @@ class LossRecipe:
 class InversionRecipe:
     """The cache of inverted sources that takes the place of Gaussian noise for some samples."""
 
-    steps: int = 10
+    steps: int | list[int] = 10  # or the timesteps themselves
     capacity: int = 4096
     fill: int = 256
     every: int = 50  # training steps between two refreshes
     batch: int = 64
+
+
+@dataclass(frozen=True)
+class StudentRecipe:
+    """What a few-step student practises: for each step count its timesteps, ascending, and the
+    share of the training steps it takes. It inverts at the timesteps of `inversions.steps`."""
+
+    of: str = "training/checkpoints/teacher.safetensors"
+    steps: int = 4  # what the runtime takes unless told otherwise
+    render: dict[str, list[int]] = field(default_factory=dict)
+    shares: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -151,6 +163,7 @@ class Recipe:
     inversions: InversionRecipe = field(default_factory=InversionRecipe)
     critics: CriticRecipe = field(default_factory=CriticRecipe)
     criteria: CriteriaRecipe = field(default_factory=CriteriaRecipe)
+    student: StudentRecipe = field(default_factory=StudentRecipe)
     loop: LoopRecipe = field(default_factory=LoopRecipe)
     seed: int = 1
     weights: str = "training/checkpoints/face.safetensors"
@@ -184,7 +197,8 @@ def parse_recipe(text: str, where: str = "recipe") -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{where}: not TOML: {error}") from error
     tables = {"pool": PoolRecipe, "loss": LossRecipe, "inversions": InversionRecipe,
-              "critics": CriticRecipe, "criteria": CriteriaRecipe, "loop": LoopRecipe}  # fmt: skip
+              "critics": CriticRecipe, "criteria": CriteriaRecipe, "student": StudentRecipe,
+              "loop": LoopRecipe}  # fmt: skip
     for key, cls in tables.items():
         if key in values:
             values[key] = _build(cls, values[key], f"{where} [{key}]")
@@ -216,6 +230,8 @@ def _check(recipe: Recipe, where: str) -> None:
     for name, weight in dataclasses.asdict(recipe.criteria).items():
         if not 0 <= weight < float("inf"):
             raise SettingsError(f"{where} [criteria]: {name} = {weight}, wanted 0 or above")
+    if any(stage.kind == "student" for stage in recipe.stages):
+        _check_student(recipe, where)
     for stage in recipe.stages:
         if stage.kind not in get_args(Kind):
             kinds = ", ".join(repr(kind) for kind in get_args(Kind))
@@ -234,3 +250,26 @@ def _check(recipe: Recipe, where: str) -> None:
         for name, number in (("images", stage.images), ("batch", stage.batch), ("lr", stage.lr)):
             if number <= 0:
                 raise SettingsError(f"{where} [[stages]]: {name} = {number}, wanted above 0")
+
+
+def _check_student(recipe: Recipe, where: str) -> None:
+    student, example = recipe.student, '{ "4" = [300, 550, 800, 980], "1" = [980] }'
+    if not student.render:
+        raise SettingsError(
+            f"{where} [student]: no render; name the timesteps of each step count: {example}"
+        )
+    for count, steps in student.render.items():
+        if str(len(timesteps(steps))) != count:
+            raise SettingsError(
+                f"{where} [student]: render has {steps} for {count!r}, which are {len(steps)} "
+                f"steps, wanted as in {example}"
+            )
+    if len(student.shares) != len(student.render) or not all(s > 0 for s in student.shares):
+        raise SettingsError(
+            f"{where} [student]: shares = {student.shares}, wanted one above 0 for each of "
+            f"{', '.join(student.render)}"
+        )
+    if str(student.steps) not in student.render:
+        raise SettingsError(
+            f"{where} [student]: steps = {student.steps}, wanted one of {', '.join(student.render)}"
+        )

@@ -5,6 +5,8 @@ The equations themselves live in `diffusionact.schedule`; here they meet a netwo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -57,13 +59,20 @@ def noised(kind: Prediction, x_0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tenso
     return add_noise(x_0, eps, level), prediction_target(kind, x_0, eps, level)
 
 
-def invert(unet: nn.Module, kind: Prediction, x_0: Tensor, z: Tensor, steps: int) -> Tensor:
-    """Returns x_T [B,3,S,S], the noise that leads to x_0 under z. Source: DiffusionAct, Eq. 2."""
-    return _walk(unet, inversion_run(kind, inversion_timesteps(kind, steps), TABLE), x_0, z)
+def invert(
+    unet: nn.Module, kind: Prediction, x_0: Tensor, z: Tensor, steps: int | Sequence[int]
+) -> Tensor:
+    """Returns x_T [B,3,S,S], the noise that leads to x_0 under z, in so many steps or at these
+    timesteps. Source: DiffusionAct, Eq. 2."""
+    at = inversion_timesteps(kind, steps) if isinstance(steps, int) else timesteps(steps)
+    return _walk(unet, inversion_run(kind, at, TABLE), x_0, z)
 
 
-def render(unet: nn.Module, kind: Prediction, x_T: Tensor, z: Tensor, steps: int) -> Tensor:
-    """Returns the pictures [B,3,S,S] in [-1,1] that noise x_T becomes under z.
+def render(
+    unet: nn.Module, kind: Prediction, x_T: Tensor, z: Tensor, steps: int | Sequence[int]
+) -> Tensor:
+    """Returns the pictures [B,3,S,S] in [-1,1] that noise x_T becomes under z, in so many steps
+    or at these timesteps.
 
     Source: DiffusionAct, Eq. 3.
     """

@@ -26,7 +26,7 @@ from diffusionact.training.inversions import InversionCache
 from diffusionact.training.losses import HeadTargets, head_targets
 from diffusionact.training.models import fused_norm
 from diffusionact.training.muon import Muon
-from diffusionact.training.sheets import held_out_pairs, pictures, scores, write_sheet
+from diffusionact.training.sheets import held_out_pairs, scores, write_sheet
 from diffusionact.training.stages import STAGES, stage_loss, to_sample, trained
 from diffusionact.training.state import State
 from diffusionact.training.world import World, join_world
@@ -137,10 +137,7 @@ class Trainer:
                 if self.stop:
                     self.save()
                     return False
-                if STAGES[
-                    stage.kind
-                ].DECODES:  # before a decoder is trained there is nothing to see
-                    self.sheet(stage)
+                self.sheet(stage)
                 self.state.restart_from_average()
                 self.state.progress.next_stage()
                 self.state.optimizer, self._optimizer_state = None, None
@@ -171,10 +168,7 @@ class Trainer:
                 if self.world.first:
                     curve.add(self.state, stage, parts)
                 now = time.monotonic()
-                if (
-                    STAGES[stage.kind].DECODES
-                    and now - sheeted > 60 * self.recipe.loop.sheet_minutes
-                ):
+                if now - sheeted > 60 * self.recipe.loop.sheet_minutes:
                     self.sheet(stage)
                     sheeted = time.monotonic()
                 if now - saved > 60 * self.recipe.loop.checkpoint_minutes:
@@ -251,7 +245,9 @@ class Trainer:
         if not self.world.first:
             return {}
         with self._autocast():
-            rows = pictures(self.state, self.pairs, self.device, stage.kind != "autoencoder")
+            rows = STAGES[stage.kind].pictures(self.state, self.pairs, self.device, self.recipe)
+        if not rows:
+            return {}
         psnrs = scores(rows, self.pairs)
         name = f"{self.state.progress.stage}-{stage.kind}-{self.state.progress.images:08d}"
         write_sheet(self.folder / f"sheet-{name}.png", rows, self.pairs, psnrs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusionact.evaluation.metrics import psnr
+from diffusionact.training.config import Recipe
 from diffusionact.training.data import Pool
 from diffusionact.training.diffusion import from_z_alone, invert, render, to_batch, to_pixels
 from diffusionact.training.state import State
@@ -27,11 +28,12 @@ FEATURES = (2, 3, 4)  # eyes, mouth, brows in the renderer's labels
 
 @dataclass(frozen=True)
 class Pairs:
-    """Fixed held-out pairs: source, target, condition uint8 [N,S,S,3] RGB; features bool [N,S,S],
-    where the target has eyes, mouth and brows; noise float32 [N,3,S,S]."""
+    """Fixed held-out pairs: source, target, their drawings own and condition uint8 [N,S,S,3] RGB;
+    features bool [N,S,S], where the target has eyes, mouth and brows; noise float32 [N,3,S,S]."""
 
     source: U8
     target: U8
+    own: U8
     condition: U8
     features: npt.NDArray[np.bool_]
     noise: npt.NDArray[np.float32]
@@ -47,6 +49,7 @@ def held_out_pairs(pool: Pool, held_out: int, count: int) -> Pairs:
     return Pairs(
         source=pool.images[identity, source],
         target=pool.images[identity, target],
+        own=pool.draw(identity, source),
         condition=pool.draw(identity, target),
         features=np.isin(pool.labels[identity, target], FEATURES),
         noise=noise,
@@ -54,8 +57,10 @@ def held_out_pairs(pool: Pool, held_out: int, count: int) -> Pairs:
 
 
 @torch.no_grad()
-def pictures(state: State, pairs: Pairs, device: torch.device, reenact: bool) -> dict[str, U8]:
-    """Returns the rows of the sheet by name, each uint8 [N,S,S,3] RGB."""
+def teacher_pictures(
+    state: State, pairs: Pairs, device: torch.device, *, reenact: bool
+) -> dict[str, U8]:
+    """Returns the rows of a teacher's sheet by name, each uint8 [N,S,S,3] RGB."""
     unet, kind = state.ema["unet"], state.config.prediction
     source, target = to_batch(pairs.source, device), to_batch(pairs.target, device)
     noise = torch.from_numpy(pairs.noise).to(device)
@@ -73,6 +78,24 @@ def pictures(state: State, pairs: Pairs, device: torch.device, reenact: bool) ->
         z_r = state.ema["reenactment"](source, condition).float()
         for steps in (20, 4):
             rows[f"reenactment T={steps}"] = render(unet, kind, x_T, z_r, steps)
+    return {name: to_pixels(row) for name, row in rows.items()}
+
+
+@torch.no_grad()
+def student_pictures(
+    state: State, pairs: Pairs, device: torch.device, recipe: Recipe
+) -> dict[str, U8]:
+    """Returns the rows of a student's sheet, inverted and rendered as the runtime will do it."""
+    unet, kind = state.ema["unet"], state.config.prediction
+    encode = state.ema["reenactment"]
+    source = to_batch(pairs.source, device)
+    z_s = encode(source, to_batch(pairs.own, device)).float()
+    z_r = encode(source, to_batch(pairs.condition, device)).float()
+    x_T = invert(unet, kind, source, z_s, recipe.inversions.steps)
+    rows: dict[str, Tensor] = {}
+    for name, z in (("reconstruction", z_s), ("reenactment", z_r)):
+        for count, steps in recipe.student.render.items():
+            rows[f"{name} T={count}"] = render(unet, kind, x_T, z, steps)
     return {name: to_pixels(row) for name, row in rows.items()}
 
 

@@ -3,18 +3,23 @@
 A stage module has
 
     PAIRS: bool      its batches hold a source and a drawing beside the target
-    DECODES: bool    there is a decoder worth looking at
     trained(stage) -> list[str]                               the networks that move
     loss(state, sample, recipe, stage) -> (loss, its parts)
+    pictures(state, pairs, device, recipe) -> rows            of its sample sheet, if any
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusionact.training import distill
 from diffusionact.training.config import Recipe, StageRecipe
+from diffusionact.training.sheets import Pairs
 from diffusionact.training.stages import autoencoder, reenact, scene
 from diffusionact.training.stages.sample import Sample, to_sample
 from diffusionact.training.state import State
@@ -26,7 +31,6 @@ class Stage(Protocol):
     """What a stage module offers."""
 
     PAIRS: bool
-    DECODES: bool
 
     def trained(self, stage: StageRecipe) -> list[str]:
         """The names of the networks that the stage moves."""
@@ -38,8 +42,20 @@ class Stage(Protocol):
         """Returns the loss of a batch and its parts."""
         ...
 
+    def pictures(
+        self, state: State, pairs: Pairs, device: torch.device, recipe: Recipe
+    ) -> dict[str, NDArray[np.uint8]]:
+        """Returns the rows of the sample sheet by name, each uint8 [N,S,S,3] RGB; {} before there
+        is a decoder to look at."""
+        ...
 
-STAGES: dict[str, Stage] = {"scene": scene, "autoencoder": autoencoder, "reenact": reenact}
+
+STAGES: dict[str, Stage] = {
+    "scene": scene,
+    "autoencoder": autoencoder,
+    "reenact": reenact,
+    "student": distill,
+}
 
 
 def trained(stage: StageRecipe) -> list[str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusionact.training.config import Recipe, StageRecipe
 from diffusionact.training.losses import code_distance
+from diffusionact.training.sheets import Pairs, teacher_pictures
 from diffusionact.training.stages.sample import Sample
 from diffusionact.training.stages.terms import denoising_error, readings
 from diffusionact.training.state import State
 
-PAIRS, DECODES = True, True
+PAIRS = True
 
 
 def trained(stage: StageRecipe) -> list[str]:
@@ -38,3 +41,10 @@ def loss(
     denoising = denoising_error(state, sample, z)
     loss = stage.code * code + read + stage.diffusion * denoising
     return loss, {"denoising": denoising, **parts, "code": code}
+
+
+def pictures(
+    state: State, pairs: Pairs, device: torch.device, recipe: Recipe
+) -> dict[str, NDArray[np.uint8]]:
+    """The rows of its sample sheet, each uint8 [N,S,S,3] RGB."""
+    return teacher_pictures(state, pairs, device, reenact=True)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusionact.training.config import Recipe, StageRecipe
 from diffusionact.training.losses import code_distance
+from diffusionact.training.sheets import Pairs
 from diffusionact.training.stages.sample import Sample
 from diffusionact.training.stages.terms import readings
 from diffusionact.training.state import State
 
-PAIRS, DECODES = True, False
+PAIRS = True
 
 
 def trained(stage: StageRecipe) -> list[str]:
@@ -31,3 +35,10 @@ def loss(
     for name in parts_read:
         parts[f"{name} of z_t"], parts[f"{name} of z_r"] = parts_read[name], parts_again[name]
     return stage.code * parts["code"] + read + again, parts
+
+
+def pictures(
+    state: State, pairs: Pairs, device: torch.device, recipe: Recipe
+) -> dict[str, NDArray[np.uint8]]:
+    """None: before a decoder is trained there is nothing to see."""
+    return {}

@@ -1,0 +1,94 @@
+"""Few-step students: the walk they practise is the runtime's, and counts are practised by share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from diffusionact.errors import SettingsError
+from diffusionact.training.config import StudentRecipe, parse_recipe
+from diffusionact.training.diffusion import render
+from diffusionact.training.distill import rollout, step_count
+from diffusionact.training.models import FACE128, UNet
+
+pytestmark = pytest.mark.torch
+
+TINY = replace(FACE128, image_size=16, channels=8, channel_mult=(1, 2), encoder_mult=(1, 2),
+               attention_at=(4,), embed=16)  # fmt: skip
+STEPS = [150, 300, 550, 980]
+FLOAT32_TOLERANCE = 1e-5
+RECIPE = """
+name = "tiny"
+network = "face128"
+[pool]
+folder = "nowhere"
+[student]
+steps = 2
+render = {{ "2" = [300, 980], "1" = {one} }}
+shares = {shares}
+[[stages]]
+kind = "student"
+images = 8
+"""
+
+
+@pytest.fixture
+def state() -> Any:
+    torch.manual_seed(0)
+    unet = UNet(TINY)
+    for parameter in unet.parameters():  # zeroed outputs would make every picture grey
+        torch.nn.init.normal_(parameter, std=0.05)
+    return cast(Any, SimpleNamespace(live={"unet": unet}, config=TINY))
+
+
+def test_the_walk_ends_at_the_picture_that_the_sampler_renders(state: Any) -> None:
+    x_T, z = torch.randn(2, 3, 16, 16), torch.randn(2, 16)
+    with torch.no_grad():
+        estimates = rollout(state, x_T, z, STEPS)
+        rendered = render(state.live["unet"], TINY.prediction, x_T, z, STEPS)
+    assert len(estimates) == len(STEPS)
+    last = estimates[-1].clamp(-1, 1)
+    torch.testing.assert_close(last, rendered, rtol=0, atol=FLOAT32_TOLERANCE)
+    assert not torch.allclose(estimates[0], estimates[-1], atol=1e-3), "the steps do nothing"
+
+
+def test_a_step_learns_from_its_own_estimate_alone(state: Any) -> None:
+    """The gradient of the last estimate is that of the last step with its x_t given."""
+    x_T, z = torch.randn(1, 3, 16, 16), torch.randn(1, 16, requires_grad=True)
+    unet = state.live["unet"]
+    seen: list[torch.Tensor] = []
+    unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    last = rollout(state, x_T, z, STEPS)[-1]
+    assert not any(x.requires_grad for x in seen)
+    (through,) = torch.autograd.grad(last.square().sum(), z)
+    alone = z.detach().clone().requires_grad_()
+    again = unet(seen[-1], torch.tensor([STEPS[0]]), alone)
+    (expected,) = torch.autograd.grad(again.square().sum(), alone)
+    torch.testing.assert_close(through, expected)
+
+
+def test_counts_are_practised_in_their_shares_and_evenly() -> None:
+    student = StudentRecipe(
+        render={"4": STEPS, "2": [300, 980], "1": [980]}, shares=[0.6, 0.3, 0.1]
+    )
+    drawn = [step_count(student, step) for step in range(1000)]
+    assert Counter(drawn) == pytest.approx({"4": 600, "2": 300, "1": 100}, abs=6)
+    assert len(set(drawn[:12])) == 3, "every count comes early"
+
+
+def test_a_student_recipe_is_read_and_a_wrong_one_is_refused() -> None:
+    recipe = parse_recipe(RECIPE.format(one="[980]", shares="[0.5, 0.5]"))
+    assert recipe.student.render == {"2": [300, 980], "1": [980]}
+    with pytest.raises(SettingsError, match="which are 2 steps"):
+        parse_recipe(RECIPE.format(one="[300, 980]", shares="[0.5, 0.5]"))
+    with pytest.raises(SettingsError, match="shares"):
+        parse_recipe(RECIPE.format(one="[980]", shares="[1.0]"))
+    with pytest.raises(SettingsError, match="no render"):
+        parse_recipe(
+            RECIPE.split("[student]")[0].format() + '[[stages]]\nkind = "student"\nimages = 1'
+        )

@@ -1,0 +1,85 @@
+"""Few-step students: a teacher's networks taught to render, and to invert, in 4, 2 or 1 steps.
+
+Method "sampler" trains through the short sampler itself. From the noise that the student's own
+inversion left of the source, it walks the very steps of the runtime; each step's estimate of the
+picture is held against the true one, and the next step starts from where this one led. No step is
+ever asked about noise it will not see, and what the first one gets wrong the later ones learn to
+mend. The gradient stays within a step: `x_t` enters the next one as a given.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffusionact.schedule import ddim_step, render_run, x0_from_prediction
+from diffusionact.training.config import Recipe, StageRecipe, StudentRecipe
+from diffusionact.training.diffusion import TABLE
+from diffusionact.training.losses import weighted_square
+from diffusionact.training.sheets import Pairs, student_pictures
+from diffusionact.training.stages.sample import Sample
+from diffusionact.training.stages.terms import readings
+from diffusionact.training.state import State
+
+PAIRS = True
+GOLDEN_RATIO = 0.6180339887498949
+
+
+def trained(stage: StageRecipe) -> list[str]:
+    """The networks that move; the semantic encoder stays the teacher's."""
+    return ["unet", "reenactment", "heads"]
+
+
+def loss(
+    state: State, sample: Sample, recipe: Recipe, stage: StageRecipe
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the loss and its parts: the error of the picture that each step of one short run
+    estimates, and what z fails to tell."""
+    assert sample.source is not None and sample.condition is not None
+    z = state.live["reenactment"](sample.source, sample.condition).float()
+    student = recipe.student
+    steps = student.render[step_count(student, state.progress.step)]
+    estimates = rollout(state, sample.eps, z, steps)
+    errors = [weighted_square(x_0, sample.target, sample.weight).mean() for x_0 in estimates]
+    read, parts = readings(state, sample, recipe, z)
+    denoising = torch.stack(errors).mean()
+    return stage.diffusion * denoising + read, {"denoising": denoising, "last": errors[-1], **parts}
+
+
+def rollout(state: State, x_T: Tensor, z: Tensor, steps: list[int]) -> list[Tensor]:
+    """Returns the picture [B,3,S,S] as each of the timesteps `steps` estimates it, in the order of
+    rendering; not clipped, so that a value out of range is still pulled back.
+
+    x_T: float32 [B,3,S,S], where the walk begins; z: float32 [B,E].
+
+    Source: DiffusionAct, Eq. 1-3, without a gradient from one step into the one before.
+    """
+    kind, x, estimates = state.config.prediction, x_T, list[Tensor]()
+    run = render_run(kind, steps, TABLE)
+    for step in run.steps:
+        t = torch.full((len(x),), int(run.timesteps[step.row]), device=x.device)
+        prediction = state.live["unet"](x, t, z).float()
+        level, level_to = float(run.alpha_bar[step.row]), float(run.alpha_bar_to[step.row])
+        estimates.append(x0_from_prediction(kind, x, prediction, level))
+        x = ddim_step(kind, x, prediction.detach(), level, level_to)
+    return estimates
+
+
+def step_count(student: StudentRecipe, step: int) -> str:
+    """Returns which of the student's step counts training step `step` practises: each in its share
+    of all steps, evenly spread, and the same in every process, because they wait for each other."""
+    place = step * GOLDEN_RATIO % 1.0 * sum(student.shares)
+    for count, share in zip(student.render, student.shares, strict=True):
+        place -= share
+        if place < 0:
+            return count
+    return next(reversed(student.render))
+
+
+def pictures(
+    state: State, pairs: Pairs, device: torch.device, recipe: Recipe
+) -> dict[str, NDArray[np.uint8]]:
+    """The rows of its sample sheet, each uint8 [N,S,S,3] RGB."""
+    return student_pictures(state, pairs, device, recipe)
