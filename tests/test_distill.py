@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from diffusionact.errors import SettingsError
 from diffusionact.training.config import StudentRecipe, parse_recipe
 from diffusionact.training.diffusion import render
 from diffusionact.training.distill import rollout, step_count
+from diffusionact.training.losses import texture_distance
 from diffusionact.training.models import FACE128, UNet
 
 pytestmark = pytest.mark.torch
@@ -70,6 +72,34 @@ def test_a_step_learns_from_its_own_estimate_alone(state: Any) -> None:
     again = unet(seen[-1], torch.tensor([STEPS[0]]), alone)
     (expected,) = torch.autograd.grad(again.square().sum(), alone)
     torch.testing.assert_close(through, expected)
+
+
+def test_texture_counts_missing_detail_and_forgives_a_shift() -> None:
+    """Against NumPy on one picture; a blurred picture is farther from the truth than a moved one,
+    which is what the squared error gets the other way round."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.rand(1, 3, 24, 24, generator=generator) - 0.5
+    blurred = torch.nn.functional.avg_pool2d(target, 3, 1, 1, count_include_pad=False)
+    weight = torch.ones(1, 1, 24, 24)
+    assert texture_distance(target, target, weight).item() == 0
+    moved = target.roll(1, dims=3)
+    assert texture_distance(moved, target, weight) < 0.5 * texture_distance(blurred, target, weight)
+    assert (moved - target).square().mean() > (blurred - target).square().mean()
+
+    def strength(picture: np.ndarray[Any, Any], side: int) -> np.ndarray[Any, Any]:
+        near = np.pad(picture, 1, mode="edge")
+        fine = picture - (near[:-2, 1:-1] + near[2:, 1:-1] + near[1:-1, :-2] + near[1:-1, 2:]) / 4
+        half, rows = side // 2, range(24)
+        return np.array([
+            [np.sqrt((fine[max(i - half, 0):i + half + 1, max(j - half, 0):j + half + 1] ** 2).mean()
+                     + 1e-4) for j in rows] for i in rows
+        ])  # fmt: skip
+
+    expected = np.mean([
+        np.abs(strength(blurred[0, c].numpy(), side) - strength(target[0, c].numpy(), side)).mean()
+        for side in (3, 7) for c in range(3)
+    ])  # fmt: skip
+    assert texture_distance(blurred, target, weight).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_counts_are_practised_in_their_shares_and_evenly() -> None:

@@ -50,6 +50,7 @@ class LossRecipe:
     gaze_sigma_px: float = 3.0
     heads: float = 0.3
     keypoints: float = 0.1  # a px of error of the points that z places; eyes and irises count more
+    texture: float = 0.0  # of a student's last picture: as much fine detail as the true one has
 
     def regions(self) -> tuple[float, ...]:
         """The weights in the order of the renderer's labels 0..7."""

@@ -17,13 +17,14 @@ from torch import Tensor
 from diffusionact.schedule import ddim_step, render_run, x0_from_prediction
 from diffusionact.training.config import Recipe, StageRecipe, StudentRecipe
 from diffusionact.training.diffusion import TABLE
-from diffusionact.training.losses import weighted_square
+from diffusionact.training.losses import texture_distance, weighted_square
 from diffusionact.training.sheets import Pairs, student_pictures
 from diffusionact.training.stages.sample import Sample
 from diffusionact.training.stages.terms import readings
 from diffusionact.training.state import State
 
 PAIRS = True
+NOISE = "ring"
 GOLDEN_RATIO = 0.6180339887498949
 
 
@@ -36,7 +37,7 @@ def loss(
     state: State, sample: Sample, recipe: Recipe, stage: StageRecipe
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the loss and its parts: the error of the picture that each step of one short run
-    estimates, and what z fails to tell."""
+    estimates, the fine detail that the last one lacks, and what z fails to tell."""
     assert sample.source is not None and sample.condition is not None
     z = state.live["reenactment"](sample.source, sample.condition).float()
     student = recipe.student
@@ -44,8 +45,13 @@ def loss(
     estimates = rollout(state, sample.eps, z, steps)
     errors = [weighted_square(x_0, sample.target, sample.weight).mean() for x_0 in estimates]
     read, parts = readings(state, sample, recipe, z)
-    denoising = torch.stack(errors).mean()
-    return stage.diffusion * denoising + read, {"denoising": denoising, "last": errors[-1], **parts}
+    parts = {"denoising": torch.stack(errors).mean(), "last": errors[-1], **parts}
+    total = stage.diffusion * parts["denoising"] + read
+    if recipe.loss.texture:
+        texture = texture_distance(estimates[-1], sample.target, sample.weight).mean()
+        parts["texture"] = texture
+        total = total + recipe.loss.texture * texture
+    return total, parts
 
 
 def rollout(state: State, x_T: Tensor, z: Tensor, steps: list[int]) -> list[Tensor]:
