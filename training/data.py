@@ -25,6 +25,8 @@ from diffusionact.condition import Drawing, draw_condition
 from diffusionact.errors import SettingsError
 from diffusionact.landmarks import Landmarks
 from diffusionact.training.config import StageRecipe, load_recipe
+from diffusionact.training.crossing import crossed
+from diffusionact.training.dataset import Dataset, Frames, Ints
 from diffusionact.training.inversions import InversionCache
 
 FORMAT = 1
@@ -85,13 +87,40 @@ class Pool:
     def size(self) -> int:
         return int(self.images.shape[2])
 
-    def draw(self, identity: npt.NDArray[np.int64], frame: npt.NDArray[np.int64]) -> U8:
+    def count(self, identity: Ints) -> int:
+        """Returns how many frames each person has."""
+        return self.frames
+
+    def span(self, identity: Ints, frame: Ints) -> tuple[int, int]:
+        """Returns (first, count) of the frames that make pairs with these: all of the person's."""
+        return 0, self.frames
+
+    def gather(self, identity: Ints, frame: Ints) -> Frames:
+        """Returns the frames; their masks are told by the labels."""
+        return Frames(
+            images=self.images[identity, frame],
+            points=self.points[identity, frame],
+            gaze=self.gaze[identity, frame],
+            labels=self.labels[identity, frame],
+            parameters=self.parameters[identity, frame],
+        )
+
+    def pictures(self, identity: Ints, frame: Ints) -> U8:
+        """Returns uint8 [B,S,S,3] RGB, the frames' images alone."""
+        return self.images[identity, frame]
+
+    def draw(self, identity: Ints, frame: Ints) -> U8:
         """Returns the condition drawings: uint8 [B,S,S,3] RGB of the frames' landmarks."""
-        drawings = [
-            draw_condition(Landmarks(self.points[i, f], self.gaze[i, f]), self.size, DRAWING)
-            for i, f in zip(identity, frame, strict=True)
-        ]
-        return np.stack(drawings)
+        faces = map(self._landmarks, identity, frame)
+        return np.stack([draw_condition(face, self.size, DRAWING) for face in faces])
+
+    def cross(self, source: tuple[Ints, Ints], driver: tuple[Ints, Ints]) -> U8:
+        """Returns the drawings of the sources' faces with the drivers' motion."""
+        faces = map(crossed, map(self._landmarks, *source), map(self._landmarks, *driver))
+        return np.stack([draw_condition(face, self.size, DRAWING) for face in faces])
+
+    def _landmarks(self, identity: int, frame: int) -> Landmarks:
+        return Landmarks(self.points[identity, frame], self.gaze[identity, frame])
 
 
 # Rendering
@@ -189,37 +218,43 @@ def _render_identity(task: tuple[str, int, int, int, int]) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch; the first len(noise) samples take their noise from the inverted source.
+    """One batch; the first len(noise) samples take their noise from the inverted source. None for
+    what the data set does not have, and for the source of a stage without pairs.
 
-    identity, frame: int64 [B]; target, source: uint8 [B,S,S,3] RGB; labels: uint8 [B,S,S];
-    points: float32 [B,68,3] px; gaze: float32 [B,2,2] px; parameters: float32 [B,P];
-    condition: uint8 [B,S,S,3], drawing of the target's landmarks; noise: float16 [n,3,S,S].
+    identity, frame, source_frame: int64 [B]; target, source: uint8 [B,S,S,3] RGB; labels, mask:
+    uint8 [B,S,S], as in `Frames`; points: float32 [B,68,3] px; gaze: float32 [B,2,2] px;
+    parameters: float32 [B,P]; condition: uint8 [B,S,S,3], drawing of the target's landmarks;
+    noise: float16 [n,3,S,S]; driver: int64 [B], whose motion it is, where not the source's.
     """
 
-    identity: npt.NDArray[np.int64]
-    frame: npt.NDArray[np.int64]
+    identity: Ints
+    frame: Ints
     target: U8
-    labels: U8
+    labels: U8 | None
     points: F32
     gaze: F32
-    parameters: F32
+    parameters: F32 | None
     source: U8 | None
     condition: U8 | None
     noise: npt.NDArray[np.float16]
+    source_frame: Ints
+    mask: U8 | None = None
+    driver: Ints | None = None
 
 
 class PairSampler:
-    """Draws batches of (source, target) frames of one identity; batch `step` has its own random
+    """Draws batches of (source, target) frames of one clip; batch `step` has its own random
     stream, so a resumed run sees the batches that an unbroken run would have seen."""
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Dataset,
         identities: int,
         stage: StageRecipe,
         cache: InversionCache,
         seed: tuple[int, ...],
     ) -> None:
+        """identities: how many people, the first ones, are trained on."""
         self.pool, self.identities, self.stage = pool, identities, stage
         self.cache, self.seed = cache, seed
 
@@ -229,31 +264,67 @@ class PairSampler:
         cached = round(self.stage.cached_noise * count) if len(self.cache) else 0
         noise, identity, source = self.cache.pick(rng, cached)
         rest = count - cached
-        identity = np.concatenate([identity, rng.integers(self.identities, size=rest)])
-        source = np.concatenate([source, rng.integers(self.pool.frames, size=rest)])
-        target = rng.integers(self.pool.frames, size=count)
+        people = rng.integers(self.identities, size=rest)
+        identity = np.concatenate([identity, people])
+        source = np.concatenate([source, rng.integers(self.pool.count(people), size=rest)])
+        first, length = self.pool.span(identity, source)
+        target = first + rng.integers(length, size=count)
         target = np.where(rng.random(count) < self.stage.same_frame, source, target)
         return self._gather(identity, source, target, noise)
 
     def _gather(
-        self,
-        identity: npt.NDArray[np.int64],
-        source: npt.NDArray[np.int64],
-        target: npt.NDArray[np.int64],
-        noise: npt.NDArray[np.float16],
+        self, identity: Ints, source: Ints, target: Ints, noise: npt.NDArray[np.float16]
     ) -> Batch:
         pool, pairs = self.pool, self.stage.kind != "autoencoder"
+        frames = pool.gather(identity, target)
         return Batch(
             identity=identity,
             frame=target,
-            target=pool.images[identity, target],
-            labels=pool.labels[identity, target],
-            points=pool.points[identity, target],
-            gaze=pool.gaze[identity, target],
-            parameters=pool.parameters[identity, target],
-            source=pool.images[identity, source] if pairs else None,
+            target=frames.images,
+            labels=frames.labels,
+            points=frames.points,
+            gaze=frames.gaze,
+            parameters=frames.parameters,
+            source=pool.pictures(identity, source) if pairs else None,
             condition=pool.draw(identity, target) if pairs else None,
             noise=noise,
+            source_frame=source,
+            mask=frames.mask,
+        )
+
+
+class CrossSampler:
+    """Draws batches of a source and another person's frame, whose motion it is to make: `target`
+    shows that other person, and is what pose, expression and gaze are held against, nothing else.
+    Batch `step` has its own random stream."""
+
+    def __init__(self, pool: Dataset, identities: int, batch: int, seed: tuple[int, ...]) -> None:
+        """identities: how many people, the first ones, are drawn from. Raises: SettingsError."""
+        if identities < 2:
+            raise SettingsError(f"{identities} people; pairs across people want at least 2")
+        self.pool, self.identities, self.batch, self.seed = pool, identities, batch, seed
+
+    def __call__(self, step: int) -> Batch:
+        rng = np.random.default_rng((*self.seed, step))
+        source = rng.integers(self.identities, size=self.batch)
+        driver = (source + rng.integers(1, self.identities, size=self.batch)) % self.identities
+        at, motion = (rng.integers(self.pool.count(who), size=self.batch) for who in
+                      (source, driver))  # fmt: skip
+        frames, size = self.pool.gather(driver, motion), self.pool.size
+        return Batch(
+            identity=source,
+            frame=motion,
+            target=frames.images,
+            labels=frames.labels,
+            points=frames.points,
+            gaze=frames.gaze,
+            parameters=frames.parameters,
+            source=self.pool.pictures(source, at),
+            condition=self.pool.cross((source, at), (driver, motion)),
+            noise=np.empty((0, 3, size, size), np.float16),
+            source_frame=at,
+            mask=frames.mask,
+            driver=driver,
         )
 
 

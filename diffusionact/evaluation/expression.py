@@ -1,13 +1,14 @@
-"""Expression coefficients from 68 flat landmarks: our own face model, fitted to them."""
+"""Our own face model fitted to 68 flat landmarks: shape, expression, pose and camera."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from diffusionact.morphable import Morphable
+from diffusionact.morphable import Morphable, angles
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
@@ -19,8 +20,28 @@ IDENTITY_SPREAD, EXPRESSION_SPREAD, NOISE = 1.0, 0.3, 0.06
 RANGE = (0.0, 1.0)  # of an expression coefficient
 
 
+@dataclass(frozen=True)
+class FaceFit:
+    """What explains 68 points, all float64.
+
+    shape: [I] and expression: [E], 0..1, coefficients of the model; rotation: [3,3]; scale: px per
+    head unit; offset: [2] px: points = scale * (model @ rotation[:2].T) + offset.
+    """
+
+    shape: FloatArray
+    expression: FloatArray
+    rotation: FloatArray
+    scale: float
+    offset: FloatArray
+
+    @property
+    def pose_deg(self) -> FloatArray:
+        """Yaw, pitch and roll, [3]."""
+        return np.asarray(angles(self.rotation), np.float64)
+
+
 class ExpressionFit:
-    """Pose, shape and expression that explain 68 points best; only the expression is kept.
+    """Pose, shape and expression that explain 68 points best.
 
     Fits of two pictures compare with each other. What shape and expression explain alike goes to
     either, so that a fit has an error of its own, which the row of the true pictures shows.
@@ -37,25 +58,49 @@ class ExpressionFit:
         self._prior = np.diag(np.square(NOISE / spread))
 
     def __call__(self, points: FloatArray) -> FloatArray:
-        """Return the coefficients [E], 0..1, by alternating camera and shape.
+        """Return the expression coefficients [E], 0..1, as `fit` finds them."""
+        return self.fit(points).expression
 
-        points: [68,>=2] px; their scale and place do not matter.
+    def fit(self, points: FloatArray, shape: FloatArray | None = None) -> FaceFit:
+        """Return all that explains the points, by alternating camera and shape.
+
+        points: [68,>=2] px; their scale and place do not matter. shape: [I], where it is known,
+        say of the same person's other frames.
         Source: DiffusionAct, Eq. 7, under scaled orthography; Gaussian priors.
         """
         flat = np.asarray(points, np.float64)[:, :2]
+        first = 0 if shape is None else self._identity  # of the coefficients that are looked for
         numbers = np.zeros(len(self._basis))
+        numbers[:first] = 0.0 if shape is None else shape
         for _ in range(ROUNDS):
-            shape = self._mean + np.tensordot(numbers, self._basis, 1)
-            camera, scale = _camera(shape, flat)
+            camera, scale = _camera(self._shape(numbers), flat)
             seen = (flat - flat.mean(axis=0)) / scale
             moved = self._basis @ camera.T
             moved -= moved.mean(axis=1, keepdims=True)
             rows = moved.reshape(len(moved), -1)
-            rest = seen - _centred(self._mean) @ camera.T
-            gram = rows @ rows.T + self._prior
-            numbers = np.linalg.solve(gram, rows @ rest.ravel())
+            rest = (seen - _centred(self._mean) @ camera.T).ravel() - numbers[:first] @ rows[:first]
+            rows = rows[first:]
+            gram = rows @ rows.T + self._prior[first:, first:]
+            numbers[first:] = np.linalg.solve(gram, rows @ rest)
             numbers[self._identity :] = np.clip(numbers[self._identity :], *RANGE)
-        return np.asarray(numbers[self._identity :])
+        return self._explained(numbers, camera, scale, flat)
+
+    def points(self, fit: FaceFit) -> FloatArray:
+        """Return what the fit says of the points, [68,2] px."""
+        model = self._shape(np.concatenate([fit.shape, fit.expression]))
+        return np.asarray(fit.scale * model @ fit.rotation[:2].T + fit.offset)
+
+    def _shape(self, numbers: FloatArray) -> FloatArray:
+        return np.asarray(self._mean + np.tensordot(numbers, self._basis, 1))
+
+    def _explained(
+        self, numbers: FloatArray, camera: FloatArray, scale: float, flat: FloatArray
+    ) -> FaceFit:
+        rotation = np.concatenate([camera, np.cross(camera[0], camera[1])[None]])
+        middle = self._shape(numbers).mean(axis=0)
+        offset = flat.mean(axis=0) - scale * camera @ middle
+        split = self._identity
+        return FaceFit(numbers[:split].copy(), numbers[split:].copy(), rotation, scale, offset)
 
 
 def _camera(shape: FloatArray, flat: FloatArray) -> tuple[FloatArray, float]:

@@ -50,10 +50,18 @@ def to_sample(
         target=target,
         source=None if batch.source is None else to_batch(batch.source, device),
         condition=None if batch.condition is None else to_batch(batch.condition, device),
-        weight=pixel_weights(torch.from_numpy(batch.labels).to(device), gaze, recipe.loss),
+        weight=_weight(batch, gaze, recipe),
         values=torch.from_numpy(values).to(device),
         keypoints=torch.from_numpy(keypoint_targets(batch.points, batch.gaze)).to(device),
         true_keypoints=torch.rand(count, generator=generator, device=device) < true_share,
         eps=eps,
         t=draw_timesteps(count, stage.timestep_power, generator),
     )
+
+
+def _weight(batch: Batch, gaze: torch.Tensor, recipe: Recipe) -> Tensor:
+    """Weights of the pixels, [B,1,S,S]; all alike where nobody says what a pixel shows."""
+    if batch.labels is None:
+        count, height, width, _ = batch.target.shape
+        return torch.ones(count, 1, height, width, device=gaze.device)
+    return pixel_weights(torch.from_numpy(batch.labels).to(gaze.device), gaze, recipe.loss)
