@@ -18,6 +18,7 @@ else:
     import tomli as tomllib
 
 Kind = Literal["scene", "autoencoder", "reenact", "student"]
+Method = Literal["sampler", "consistency", "progressive"]
 T = TypeVar("T")
 
 
@@ -78,6 +79,15 @@ class StudentRecipe:
     steps: int = 4  # what the runtime takes unless told otherwise
     render: dict[str, list[int]] = field(default_factory=dict)
     shares: list[float] = field(default_factory=list)
+    inverter: bool = False  # inversion has weights of its own
+    # of methods consistency and progressive:
+    substeps: int = 5  # of the teacher within one of the student's
+    inversion: float = 1.0  # weight of what inversion learns
+    preserve: float = 1.5  # weight of the way there and back (consistency)
+    # of method sampler:
+    teacher: float = 0.0  # weight of the distance to the teacher's picture
+    teacher_steps: int = 20
+    criteria: float = 0.0  # factor on the losses of [criteria]; 0: without
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,9 @@ class StageRecipe:
 
     kind: Kind
     images: int
+    method: Method = "sampler"  # of a student; `distill` says what each is
+    render: list[int] = field(default_factory=list)  # timesteps of a round of method progressive;
+    invert: list[int] = field(default_factory=list)  # none: the student's own
     minutes: float | None = None
     batch: int = 64
     lr: float = 1.5e-3

@@ -1,6 +1,6 @@
-"""Few-step students: a teacher's networks taught to render, and to invert, in 4, 2 or 1 steps.
+"""Method "sampler": through the short sampler itself.
 
-Method "sampler" trains through the short sampler itself. From the noise that the student's own
+From the noise that the student's own
 inversion left of the source, it walks the very steps of the runtime; each step's estimate of the
 picture is held against the true one, and the next step starts from where this one led. No step is
 ever asked about noise it will not see, and what the first one gets wrong the later ones learn to
@@ -9,28 +9,19 @@ mend. The gradient stays within a step: `x_t` enters the next one as a given.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusionact.schedule import ddim_step, render_run, x0_from_prediction
 from diffusionact.training.config import Recipe, StageRecipe, StudentRecipe
 from diffusionact.training.diffusion import TABLE
 from diffusionact.training.losses import texture_distance, weighted_square
-from diffusionact.training.sheets import Pairs, student_pictures
 from diffusionact.training.stages.sample import Sample
 from diffusionact.training.stages.terms import readings
 from diffusionact.training.state import State
 
-PAIRS = True
-NOISE = "ring"
+MOVES = ("unet", "reenactment", "heads")
 GOLDEN_RATIO = 0.6180339887498949
-
-
-def trained(stage: StageRecipe) -> list[str]:
-    """The networks that move; the semantic encoder stays the teacher's."""
-    return ["unet", "reenactment", "heads"]
 
 
 def loss(
@@ -82,10 +73,3 @@ def step_count(student: StudentRecipe, step: int) -> str:
         if place < 0:
             return count
     return next(reversed(student.render))
-
-
-def pictures(
-    state: State, pairs: Pairs, device: torch.device, recipe: Recipe
-) -> dict[str, NDArray[np.uint8]]:
-    """The rows of its sample sheet, each uint8 [N,S,S,3] RGB."""
-    return student_pictures(state, pairs, device, recipe)
