@@ -666,15 +666,15 @@ def test_emoca_s_checkpoint_is_the_one_with_the_smallest_loss(tmp_path: Path) ->
     (folder / "cfg.yaml").write_text("detail:\n  exp_deca_jaw_pose: true\n")
     for name in ("last", "a=3.5", "b-loss=3.25", "c-loss=3.25", "d=x"):
         (folder / "detail" / "checkpoints" / f"{name}.ckpt").touch()
-    (settings, checkpoint_path), text = imports._emoca_files(folder)
+    (settings, checkpoint_path), text = imports.emoca_files(folder)
     assert checkpoint_path.name == "c-loss=3.25.ckpt" and settings.name == "cfg.yaml"
     assert "exp_deca_jaw_pose" in text
     settings.unlink()
     with pytest.raises(SettingsError, match=r"cfg\.yaml: not readable"):
-        imports._emoca_files(folder)
+        imports.emoca_files(folder)
     shutil.rmtree(folder / "detail")
     with pytest.raises(SettingsError, match="wanted a checkpoint .* there is none"):
-        imports._emoca_files(folder)
+        imports.emoca_files(folder)
 
 
 def test_a_new_model_replaces_the_old_one_s_record(tmp_path: Path, model: Path) -> None:

@@ -171,7 +171,7 @@ def _save_model(out_dir: Path, model: published.Published, imported: list[Import
 
 def _helper(name: str, path: Path, imported: list[Imported]) -> FrozenNetwork:
     """One network of the tracker, out of its published file."""
-    files, cfg_yaml = _emoca_files(path) if name == "emoca" else ((path,), "")
+    files, cfg_yaml = emoca_files(path) if name == "emoca" else ((path,), "")
     findings = Findings(files[-1], name)
     content = published.content_of(findings)
     inside = {"emoca": "state_dict", "gaze": "model_state"}.get(name)
@@ -201,7 +201,7 @@ def _flame(request: Request, imported: list[Imported]) -> dict[str, NDArray[Any]
         return arrays
     if request.emoca is None:
         return None
-    files, _ = _emoca_files(request.emoca)
+    files, _ = emoca_files(request.emoca)
     state = published.content_of(Findings(files[-1], "emoca"))["state_dict"]
     if not any(str(name).startswith(flame.EMOCA_PREFIX) for name in state):
         return None
@@ -221,7 +221,7 @@ def _refuse_hollow(findings: Findings, state: Mapping[str, Any]) -> None:
             raise findings.error(f"{_printable(name)} holds no plain values")
 
 
-def _emoca_files(folder: Path) -> tuple[tuple[Path, ...], str]:
+def emoca_files(folder: Path) -> tuple[tuple[Path, ...], str]:
     """The files of EMOCA's folder, its checkpoint last, and the text of cfg.yaml; a checkpoint
     itself may be given in the folder's place.
 

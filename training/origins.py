@@ -1,6 +1,7 @@
 """The published files: what each is, who publishes it where, and on which terms.
 
-`diffusionact import` tells this of every file that it reads and of every one that is missing.
+`diffusionact import` tells this of every file that it reads and of every one that is missing;
+training tells it of the networks that its losses ask (`CRITICS`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ NO_LICENCE = "none stated: not to be passed on"
 class Origin:
     """One published file.
 
-    option: how `diffusionact import` takes it; sha256: how its digest begins, where its makers
+    option: how `diffusionact import`, or a recipe, takes it; sha256: how its digest begins, where its makers
     put that into its name.
     """
 
@@ -83,8 +84,39 @@ ORIGINS: Mapping[str, Origin] = {
         "of the Max Planck Society, non-commercial research only",
         "--flame generic_model.pkl landmark_embedding.npy",
     ),
+    "vgg19": Origin(
+        "VGG-19 of ImageNet, whose maps say how alike two pictures look",
+        "vgg19-dcbb9e9d.pth",
+        "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
+        "BSD-3-Clause (torchvision); ImageNet's pictures are for non-commercial research",
+        'vgg19 = "vgg19-dcbb9e9d.pth"',
+        "dcbb9e9d",
+    ),
+    "arcface": Origin(
+        "ArcFace IR-SE50, face recogniser",
+        "model_ir_se50.pth",
+        "https://github.com/TreB1eN/InsightFace_Pytorch (IR-SE50)",
+        "MIT for the code; the faces of MS1M are for research only",
+        'arcface = "model_ir_se50.pth"',
+    ),
+    "farl": Origin(
+        "FaRL ViT-B/16, encoder of faces and their captions",
+        "FaRL-Base-Patch16-LAIONFace20M-ep64.pth",
+        "https://github.com/FacePerceiver/FaRL (Pre-trained Backbones)",
+        "MIT for the code; the faces of LAION-Face are for research only",
+        'farl = "FaRL-Base-Patch16-LAIONFace20M-ep64.pth"',
+    ),
+    "bisenet": Origin(
+        "BiSeNet, which part of a face each pixel shows",
+        "79999_iter.pth",
+        "https://github.com/zllrunning/face-parsing.PyTorch (pre-trained model)",
+        "MIT for the code; CelebAMask-HQ is for non-commercial research",
+        'bisenet = "79999_iter.pth"',
+    ),
 }
 # Without these there is no picture; the others are of the published tracker, and DiffAE's file is
 # wanted only where DiffusionAct's lacks its part.
 MODEL = ("diffusionact",)
 TRACKER = ("s3fd", "fan", "emoca", "gaze", "flame")
+# Only training asks these, and two of the tracker's (`training.critics`).
+CRITICS = ("vgg19", "arcface", "farl", "bisenet")

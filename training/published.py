@@ -35,6 +35,12 @@ from diffusionact.training.weights import PARTS
 
 OTHER_SIZES = ". If its network has other sizes, say which: --network NAME or config.json"
 UNUSED = ("x_T", "conds_mean", "conds_std")  # previews of training, and the latent model's
+# A name that only one of the flat files of training's critics has.
+CRITIC_NAMES = {
+    "vgg19": "features.34.weight",
+    "arcface": "body.0.res_layer.5.fc1.weight",
+    "bisenet": "cp.resnet.conv1.weight",
+}
 NOT_UNET = ("encoder.", "latent_net.")  # what lies beside a U-Net under its prefix
 
 
@@ -114,13 +120,15 @@ def identify(content: Any) -> str | None:
         return "diffae"
     if any(name.startswith("deca.") for name in names):
         return "emoca"
+    if "visual.class_embedding" in names:
+        return "farl"
     if "model_state" in content:
         return "gaze"
     if "conv3_3_norm.weight" in content:
         return "s3fd"
     if "m0.b1_4.bn1.weight" in content or "top_m_0.bn1.weight" in content:
         return "fan"
-    return None
+    return next((kind for kind, name in CRITIC_NAMES.items() if name in content), None)
 
 
 def content_of(findings: Findings) -> Mapping[Any, Any]:
