@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
@@ -37,9 +36,7 @@ class _WithFeatures(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         found = self.judge(image)
-        quarter = self.judge.quarter(self.judge.stem(F.pixel_unshuffle(image, 2)))
-        eighth = self.judge.eighth(quarter)
-        return found.points, found.gaze, found.pose, quarter, eighth, self.judge.sixteenth(eighth)
+        return found.points, found.gaze, found.pose, *self.judge.features(image)
 
 
 def export_judge(judge: Judge, path: Path) -> None:

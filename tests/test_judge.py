@@ -14,6 +14,7 @@ from benchmarks import model_card
 from diffusionact.errors import SettingsError
 from diffusionact.evaluation import metrics, rendered
 from diffusionact.training import judges
+from diffusionact.training.models import face_reader
 from diffusionact.training.models import judge as network
 
 pytestmark = pytest.mark.torch
@@ -69,16 +70,16 @@ def test_soft_argmax_finds_a_peak_at_the_middle_of_its_cell() -> None:
     heat = torch.full((1, 2, 8, 16), -50.0)
     heat[0, 0, 3, 5] = heat[0, 1, 0, 15] = 50
     wanted = torch.tensor([[[5.5 / 16, 3.5 / 8], [15.5 / 16, 0.5 / 8]]])
-    torch.testing.assert_close(network._soft_argmax(heat), wanted)
+    torch.testing.assert_close(face_reader.soft_argmax(heat), wanted)
 
 
 def test_window_at_the_scale_of_the_picture_is_a_cut() -> None:
     image = torch.rand(2, 3, 40, 40)
     centre = torch.tensor([[19.5, 11.5], [20.5, 30.5]])
-    cut = network._window(image, centre, side_px=8, cells=8, mirror=1.0)
+    cut = face_reader.window(image, centre, side_px=8, cells=8, mirror=1.0)
     torch.testing.assert_close(cut[0], image[0, :, 8:16, 16:24])
     torch.testing.assert_close(cut[1], image[1, :, 27:35, 17:25])
-    mirrored = network._window(image, centre, side_px=8, cells=8, mirror=-1.0)
+    mirrored = face_reader.window(image, centre, side_px=8, cells=8, mirror=-1.0)
     torch.testing.assert_close(mirrored, cut.flip(-1))
 
 
@@ -92,7 +93,7 @@ def test_both_eyes_are_read_by_one_eye_reader() -> None:
     coarse[:, 42:48] = coarse[:, [39, 38, 37, 36, 41, 40]] * torch.tensor([-1.0, 1]) + torch.tensor(
         [SIDE - 1.0, 0]
     )
-    points, gaze = judge._eyes(image, coarse, None)
+    points, gaze = face_reader.read_eyes(judge.eye, image, coarse, 24.0, 32)
     wanted = points[:, [39, 38, 37, 36, 41, 40]]
     wanted[..., 0] = SIDE - 1 - wanted[..., 0]
     torch.testing.assert_close(points[:, 42:48], wanted, atol=1e-3, rtol=0)

@@ -14,9 +14,10 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -47,6 +48,22 @@ else:
 LOG = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.floating[Any]]
+T = TypeVar("T")
+
+
+class Pace(Protocol):
+    """What sets the length and the learning rate of a run."""
+
+    @property
+    def images(self) -> int: ...
+    @property
+    def minutes(self) -> float: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def warmup(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -69,17 +86,25 @@ class JudgeRecipe:
     threads: int = 1
     seed: int = 1
 
+    block_size: int = 2  # of the judge's first grid; 1 for small pictures
+    eye_px: float = 24.0  # side of the window cut out around an eye
+
     @classmethod
     def load(cls, path: str | Path) -> JudgeRecipe:
-        """The recipe in a TOML file.
+        """The recipe in a TOML file. Raises: SettingsError as `load_flat`."""
+        return load_flat(cls, path)
 
-        Raises: SettingsError when it cannot be read or has an unknown or missing setting.
-        """
-        try:
-            return cls(**tomllib.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, tomllib.TOMLDecodeError, TypeError) as error:
-            known = ", ".join(field.name for field in dataclasses.fields(cls))
-            raise SettingsError(f"{path}: {error}; known settings: {known}") from error
+
+def load_flat(cls: type[T], path: str | Path) -> T:
+    """The dataclass whose fields are the settings of a TOML file without tables.
+
+    Raises: SettingsError when it cannot be read or has an unknown or missing setting.
+    """
+    try:
+        return cls(**tomllib.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, tomllib.TOMLDecodeError, TypeError) as error:
+        known = ", ".join(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+        raise SettingsError(f"{path}: {error}; known settings: {known}") from error
 
 
 @dataclass(frozen=True)
@@ -178,37 +203,57 @@ def train(recipe: JudgeRecipe, pool: Pool) -> Judge:
 
     Raises: SettingsError when the pool has no more identities than are held out.
     """
-    identities = pool.identities - recipe.held_out
-    if identities <= 0:
-        raise SettingsError(
-            f"{recipe.pool} has {pool.identities} identities, {recipe.held_out} of them held out; "
-            "render more or hold out fewer"
-        )
+    identities = trained_identities(recipe.pool, pool, recipe.held_out)
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
-    judge = Judge(JudgeConfig(image_size=pool.size))
+    sizes = JudgeConfig(pool.size, block_size=recipe.block_size, eye_px=recipe.eye_px)
+    judge = Judge(sizes)
     judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         judge.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
     )
+
+    def step() -> float:
+        identity = rng.integers(identities, size=recipe.batch)
+        frame = rng.integers(pool.frames, size=recipe.batch)
+        truth = augment(gather(pool, identity, frame), rng)
+        return _step(judge, optimizer, truth, recipe, rng)
+
+    pace(recipe, optimizer, step, "judge")
+    return judge.eval()
+
+
+def trained_identities(folder: str, pool: Pool, count: int) -> int:
+    """How many identities of the pool are for training, `count` at its end held out.
+
+    Raises: SettingsError when there is none.
+    """
+    if pool.identities <= count:
+        raise SettingsError(
+            f"{folder} has {pool.identities} identities, {count} of them held out; "
+            "render more or hold out fewer"
+        )
+    return pool.identities - count
+
+
+def pace(
+    recipe: Pace, optimizer: torch.optim.Optimizer, step: Callable[[], float], name: str
+) -> None:
+    """Nothing; calls `step`, which trains on a batch and returns its loss, until the images or
+    the minutes of the recipe are over. The learning rate warms up and falls to zero."""
     start, average = time.monotonic(), 0.0
-    with tqdm(total=recipe.images, unit="image", desc="judge", smoothing=0.05) as bar:
+    with tqdm(total=recipe.images, unit="image", desc=name, smoothing=0.05) as bar:
         while (progress := _progress(bar.n, start, recipe)) < 1:
             rate = recipe.lr * min(1.0, progress / recipe.warmup) * (1 - progress)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            identity = rng.integers(identities, size=recipe.batch)
-            frame = rng.integers(pool.frames, size=recipe.batch)
-            value = _step(
-                judge, optimizer, augment(gather(pool, identity, frame), rng), recipe, rng
-            )
+            value = step()
             average = value if bar.n == 0 else 0.98 * average + 0.02 * value
             bar.set_postfix(loss=f"{average:.3f}", refresh=False)
             bar.update(recipe.batch)
-    return judge.eval()
 
 
-def _progress(images: int, start: float, recipe: JudgeRecipe) -> float:
+def _progress(images: int, start: float, recipe: Pace) -> float:
     return max(images / recipe.images, (time.monotonic() - start) / (60 * recipe.minutes))
 
 
