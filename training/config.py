@@ -17,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Kind = Literal["scene", "autoencoder", "reenact", "student"]
+Kind = Literal["scene", "autoencoder", "reenact", "pretrain", "sampler", "student"]
 Method = Literal["sampler", "consistency", "progressive"]
 T = TypeVar("T")
 
@@ -68,6 +68,7 @@ class InversionRecipe:
     fill: int = 256
     every: int = 50  # training steps between two refreshes
     batch: int = 64
+    folder: str = ""  # of stage sampler's noise, made once for each source; "": in the run's folder
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,17 @@ class StageRecipe:
     true_keypoints_until: float = 0.0  # fraction of the stage in which true points fade out
     code: float = 1.0  # weight of |z_r - z_t|
     diffusion: float = 1.0
+    train_steps: int = 8  # T_tr, the steps that stage sampler renders in
+    split: bool = True  # stage sampler: half a batch reenacts, half reconstructs; else all reenact
+    recompute: bool = True  # stage sampler: activations of one step at a time, for 1/3 more work
+
+    @property
+    def pairing(self) -> Literal["share", "other", "halves"]:
+        """What the target is: "share", the source itself in `same_frame` of the samples, by chance;
+        "other", never; "halves", in every second sample."""
+        if self.kind != "sampler":
+            return "share"
+        return "halves" if self.split else "other"
 
 
 @dataclass(frozen=True)
@@ -255,6 +267,8 @@ def _check(recipe: Recipe, where: str) -> None:
                 f"{where} [[stages]]: batch = {stage.batch}, wanted an even number: half of it is "
                 "decoded from z_r, half from z_t"
             )
+        if stage.kind == "sampler":
+            _check_sampler(stage, where)
         fractions = {"same_frame": stage.same_frame, "cached_noise": stage.cached_noise,
                      "cached_from": stage.cached_from,
                      "true_keypoints_until": stage.true_keypoints_until}  # fmt: skip
@@ -264,6 +278,15 @@ def _check(recipe: Recipe, where: str) -> None:
         for name, number in (("images", stage.images), ("batch", stage.batch), ("lr", stage.lr)):
             if number <= 0:
                 raise SettingsError(f"{where} [[stages]]: {name} = {number}, wanted above 0")
+
+
+def _check_sampler(stage: StageRecipe, where: str) -> None:
+    timesteps(stage.train_steps)
+    if stage.split and stage.batch % 2:
+        raise SettingsError(
+            f"{where} [[stages]]: batch = {stage.batch}, wanted an even number: half of it "
+            "reenacts, half reconstructs; or set split = false"
+        )
 
 
 def _check_student(recipe: Recipe, where: str) -> None:

@@ -224,7 +224,7 @@ class Batch:
     identity, frame, source_frame: int64 [B]; target, source: uint8 [B,S,S,3] RGB; labels, mask:
     uint8 [B,S,S], as in `Frames`; points: float32 [B,68,3] px; gaze: float32 [B,2,2] px;
     parameters: float32 [B,P]; condition: uint8 [B,S,S,3], drawing of the target's landmarks;
-    noise: float16 [n,3,S,S]; driver: int64 [B], whose motion it is, where not the source's.
+    noise: float16 or float32 [n,3,S,S]; driver: int64 [B], whose motion it is, where not the source's.
     """
 
     identity: Ints
@@ -236,7 +236,7 @@ class Batch:
     parameters: F32 | None
     source: U8 | None
     condition: U8 | None
-    noise: npt.NDArray[np.float16]
+    noise: npt.NDArray[np.floating[Any]]
     source_frame: Ints
     mask: U8 | None = None
     driver: Ints | None = None
@@ -267,10 +267,21 @@ class PairSampler:
         people = rng.integers(self.identities, size=rest)
         identity = np.concatenate([identity, people])
         source = np.concatenate([source, rng.integers(self.pool.count(people), size=rest)])
-        first, length = self.pool.span(identity, source)
-        target = first + rng.integers(length, size=count)
-        target = np.where(rng.random(count) < self.stage.same_frame, source, target)
+        target = self._targets(rng, identity, source)
         return self._gather(identity, source, target, noise)
+
+    def _targets(self, rng: np.random.Generator, identity: Ints, source: Ints) -> Ints:
+        """The frames to make of the sources, of the same clip; "halves" and "other": another than
+        the source wherever the clip has one, but in "halves" the source itself in odd places."""
+        count = len(source)
+        first, length = self.pool.span(identity, source)
+        if self.stage.pairing == "share":
+            target = first + rng.integers(length, size=count)
+            return np.where(rng.random(count) < self.stage.same_frame, source, target)
+        ahead = 1 + rng.integers(np.maximum(np.asarray(length) - 1, 1), size=count)
+        target = first + (source - first + ahead) % length
+        itself = (np.arange(count) % 2 == 1) & (self.stage.pairing == "halves")
+        return np.where(itself, source, target)
 
     def _gather(
         self, identity: Ints, source: Ints, target: Ints, noise: npt.NDArray[np.float16]

@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffusionact.schedule import (
     TOTAL_STEPS,
     Prediction,
     Run,
+    Step,
     add_noise,
     alpha_bars,
     ddim_step,
@@ -69,22 +71,34 @@ def invert(
 
 
 def render(
-    unet: nn.Module, kind: Prediction, x_T: Tensor, z: Tensor, steps: int | Sequence[int]
+    unet: nn.Module,
+    kind: Prediction,
+    x_T: Tensor,
+    z: Tensor,
+    steps: int | Sequence[int],
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """Returns the pictures [B,3,S,S] in [-1,1] that noise x_T becomes under z, in so many steps
-    or at these timesteps.
+    or at these timesteps; differentiable towards z, x_T and the weights. With `recompute`, the
+    backward pass runs each step again and holds the activations of one step instead of all.
 
     Source: DiffusionAct, Eq. 3.
     """
-    return _walk(unet, render_run(kind, timesteps(steps), TABLE), x_T, z)
+    run = render_run(kind, timesteps(steps), TABLE)
+    return _walk(unet, run, x_T, z, recompute=recompute)
 
 
-def _walk(unet: nn.Module, run: Run, x: Tensor, z: Tensor) -> Tensor:
-    for step in run.steps:
+def _walk(unet: nn.Module, run: Run, x: Tensor, z: Tensor, *, recompute: bool = False) -> Tensor:
+    def move(x: Tensor, z: Tensor, step: Step) -> Tensor:
         t = torch.full((len(x),), int(run.timesteps[step.row]), device=x.device)
-        prediction = unet(x, t, z).float()
+        prediction = unet(x, t, z).to(x.dtype)
         level, level_to = float(run.alpha_bar[step.row]), float(run.alpha_bar_to[step.row])
-        x = ddim_step(run.prediction, x, prediction, level, level_to)
+        moved: Tensor = ddim_step(run.prediction, x, prediction, level, level_to)
+        return moved
+
+    for step in run.steps:
+        x = checkpoint(move, x, z, step, use_reentrant=False) if recompute else move(x, z, step)
     return x
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from diffusionact.training.config import Recipe, StageRecipe, load_recipe
 from diffusionact.training.data import PairSampler, Pool, Prefetcher
 from diffusionact.training.diffusion import invert, to_batch
 from diffusionact.training.inversions import InversionCache
+from diffusionact.training.inverted_sources import inverted_sources
 from diffusionact.training.losses import HeadTargets, head_targets
 from diffusionact.training.models import fused_norm
 from diffusionact.training.muon import Muon
@@ -153,6 +155,11 @@ class Trainer:
         if self._optimizer_state is not None:
             self.state.optimizer.load_state_dict(self._optimizer_state)
         self.cache = InversionCache(self.recipe.inversions.capacity, self.pool.size)
+        self.sources = None
+        if STAGES[stage.kind].NOISE == "sources":
+            if "unet" in trained(stage):
+                self.state.keep_inverter()
+            self.sources = inverted_sources(self.state, self.recipe, self.folder, self.device)
 
     def _run_stage(self, stage: StageRecipe) -> None:
         seed = (self.recipe.seed, self.state.progress.stage, *self.world.stream)
@@ -184,6 +191,8 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate(stage, state)
         over = fraction(stage, state)
+        if self.sources is not None:
+            batch = replace(batch, noise=self.sources(batch.source))
         sample = to_sample(batch, self.recipe, stage, self._generator(), over)
         with self._autocast():
             loss, parts = stage_loss(state, sample, self.recipe, stage)
@@ -215,7 +224,9 @@ class Trainer:
 
     def _refresh(self, stage: StageRecipe) -> None:
         """Fills and renews the cache of inverted sources, when the stage has come to use it."""
-        if stage.cached_noise == 0 or fraction(stage, self.state) < stage.cached_from:
+        if STAGES[stage.kind].NOISE != "ring" or stage.cached_noise == 0:
+            return
+        if fraction(stage, self.state) < stage.cached_from:
             return
         recipe = self.recipe.inversions
         while len(self.cache) < min(recipe.fill, recipe.capacity):
@@ -344,6 +355,8 @@ def finish(state: State, recipe: Recipe, path: Path) -> None:
     }  # fmt: skip
     parts = {"render": state.ema["unet"], "encoder": state.ema["encoder"],
              "reenactment": state.ema["reenactment"]}  # fmt: skip
+    if state.invert is not None and STAGES[recipe.stages[-1].kind].NOISE == "sources":
+        parts["invert"] = state.invert
     path.parent.mkdir(parents=True, exist_ok=True)
     weights.save(path, state.config, parts, provenance=provenance, dtype=torch.float16)
     log.info("wrote %s", path)

@@ -41,7 +41,8 @@ class Progress:
 
 
 class State:
-    """`live` are the networks that the optimiser moves, `ema` their moving averages;
+    """`live` are the networks that the optimiser moves, `ema` their moving averages, without
+    dropout; `invert` the U-Net that inverts, where it is not the one that renders;
     `earlier_recipes` the digests, oldest first, of the recipes that the run began under."""
 
     def __init__(self, recipe: Recipe, targets: HeadTargets, device: torch.device) -> None:
@@ -58,7 +59,8 @@ class State:
         self.config: NetworkConfig = config
         live.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in stubs
         self.live = live.to(device)
-        self.ema = copy.deepcopy(self.live).requires_grad_(False)
+        self.ema = copy.deepcopy(self.live).requires_grad_(False).eval()
+        self.invert: nn.Module | None = None
         self.progress = Progress()
         self.earlier_recipes: list[str] = []
         self.optimizer: torch.optim.Optimizer | None = None
@@ -75,10 +77,14 @@ class State:
             )
         names = {"render": "unet", "encoder": "encoder", "reenactment": "reenactment"}
         for part, name in names.items():
+            if part == "reenactment" and part not in start.parts:
+                continue  # a Diffusion Autoencoder's: the semantic encoder is what it begins from
             values = start.network(part).state_dict()
             for networks in (self.live, self.ema):
                 networks[name].load_state_dict(values)
-        self.has_reenactment = True
+        self.has_reenactment = "reenactment" in start.parts
+        if "invert" in start.parts:
+            self._invert_with(start.network("invert").state_dict())
 
     @property
     def heads(self) -> Heads:
@@ -89,6 +95,23 @@ class State:
     def unet(self) -> UNet:
         """The live U-Net."""
         return cast(UNet, self.live["unet"])
+
+    @property
+    def inverter(self) -> nn.Module:
+        """The U-Net that makes x_T of a source."""
+        return self.ema["unet"] if self.invert is None else self.invert
+
+    def keep_inverter(self) -> None:
+        """Lets the U-Net invert as it does now, whatever becomes of the one that renders.
+
+        Source: DiffusionAct code, whose inversion keeps the weights from before fine-tuning.
+        """
+        if self.invert is None:
+            self._invert_with(self.ema["unet"].state_dict())
+
+    def _invert_with(self, values: dict[str, Tensor]) -> None:
+        self.invert = copy.deepcopy(self.ema["unet"])
+        self.invert.load_state_dict(values)
 
     def start_reenactment(self, gain: float) -> None:
         """Sets the reenactment encoder to the averaged semantic encoder, and its drawing input to
@@ -128,6 +151,7 @@ class State:
             "progress": vars(self.progress),
             "live": self.live.state_dict(),
             "ema": self.ema.state_dict(),
+            "invert": self.invert.state_dict() if self.invert else None,
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
         }
         part = path.with_name(f".part-{path.name}")
@@ -149,6 +173,8 @@ class State:
         try:
             self.live.load_state_dict(content["live"])
             self.ema.load_state_dict(content["ema"])
+            if content.get("invert"):  # not in older checkpoints
+                self._invert_with(content["invert"])
         except RuntimeError as error:
             raise SettingsError(f"{path} holds another network than the recipe: {error}") from error
         self.progress = Progress(**content["progress"])

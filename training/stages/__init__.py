@@ -3,6 +3,8 @@
 A stage module has
 
     PAIRS: bool      its batches hold a source and a drawing beside the target
+    NOISE: str       what it adds to Gaussian noise: "ring", inversions of sources by the networks
+                     as they are now; "sources", each source's own x_T alone; "", nothing
     trained(stage) -> list[str]                               the networks that move
     loss(state, sample, recipe, stage) -> (loss, its parts)
     pictures(state, pairs, device, recipe) -> rows            of its sample sheet, if any
@@ -20,7 +22,7 @@ from torch import Tensor
 from diffusionact.training import distill
 from diffusionact.training.config import Recipe, StageRecipe
 from diffusionact.training.sheets import Pairs
-from diffusionact.training.stages import autoencoder, reenact, scene
+from diffusionact.training.stages import autoencoder, pretrain, reenact, sampler, scene
 from diffusionact.training.stages.sample import Sample, to_sample
 from diffusionact.training.state import State
 
@@ -31,6 +33,7 @@ class Stage(Protocol):
     """What a stage module offers."""
 
     PAIRS: bool
+    NOISE: str
 
     def trained(self, stage: StageRecipe) -> list[str]:
         """The names of the networks that the stage moves."""
@@ -54,6 +57,8 @@ STAGES: dict[str, Stage] = {
     "scene": scene,
     "autoencoder": autoencoder,
     "reenact": reenact,
+    "pretrain": pretrain,
+    "sampler": sampler,
     "student": distill,
 }
 

@@ -14,6 +14,7 @@ from diffusionact.training.stages.terms import denoising_error, readings
 from diffusionact.training.state import State
 
 PAIRS = False
+NOISE = "ring"
 
 
 def trained(stage: StageRecipe) -> list[str]:

@@ -15,6 +15,7 @@ from diffusionact.training.stages.terms import denoising_error, readings
 from diffusionact.training.state import State
 
 PAIRS = True
+NOISE = "ring"
 
 
 def trained(stage: StageRecipe) -> list[str]:

@@ -15,6 +15,7 @@ from diffusionact.training.stages.terms import readings
 from diffusionact.training.state import State
 
 PAIRS = True
+NOISE = ""
 
 
 def trained(stage: StageRecipe) -> list[str]:

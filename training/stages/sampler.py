@@ -1,0 +1,71 @@
+"""The main stage: the reenactment encoder learns from the pictures that the sampler makes of its
+codes, through all steps of the sampler; with `unet_lr` above 0 the decoder learns along with it.
+
+The noise is that of the source, inverted once by networks that do not move (`inversions`). Half of
+a batch reenacts: another frame of the person is the target. The other half reconstructs: the
+target is the source itself.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from diffusionact.training.config import Recipe, StageRecipe
+from diffusionact.training.diffusion import invert, render, to_batch, to_pixels
+from diffusionact.training.sheets import Pairs
+from diffusionact.training.stages.sample import Sample
+from diffusionact.training.state import State
+
+PAIRS = True
+NOISE = "sources"
+SHEET_STEPS = (20, 8)
+
+
+def trained(stage: StageRecipe) -> list[str]:
+    """The networks that move: the reenactment encoder, and in joint fine-tuning the decoder."""
+    return ["reenactment", *(["unet"] if stage.unet_lr > 0 else [])]
+
+
+def loss(
+    state: State, sample: Sample, recipe: Recipe, stage: StageRecipe
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the loss of the pictures that the source's noise becomes under z_r (z_s where the
+    target is the source), and its parts. Source: DiffusionAct, Eq. 3-6 and 10-17."""
+    assert sample.source is not None and sample.condition is not None
+    z = state.live["reenactment"](sample.source, sample.condition).float()
+    x_0 = render(
+        _decoder(state, stage),
+        state.config.prediction,
+        sample.eps,
+        z,
+        stage.train_steps,
+        recompute=stage.recompute,
+    )
+    pixel = (x_0 - sample.target).abs().mean()
+    return recipe.criteria.pixel * pixel, {"pixel": pixel}
+
+
+def _decoder(state: State, stage: StageRecipe) -> nn.Module:
+    """The U-Net to render with, without dropout, as the runtime does: its average, which is frozen
+    and takes no gradient, unless the stage moves it."""
+    return (state.live if stage.unet_lr > 0 else state.ema)["unet"].eval()
+
+
+@torch.no_grad()
+def pictures(
+    state: State, pairs: Pairs, device: torch.device, recipe: Recipe
+) -> dict[str, NDArray[np.uint8]]:
+    """The rows of its sample sheet, each uint8 [N,S,S,3] RGB, made as the runtime makes them."""
+    unet, kind, encode = state.ema["unet"], state.config.prediction, state.ema["reenactment"]
+    source = to_batch(pairs.source, device)
+    z_s = encode(source, to_batch(pairs.own, device)).float()
+    z_r = encode(source, to_batch(pairs.condition, device)).float()
+    x_T = invert(state.inverter, kind, source, z_s, recipe.inversions.steps)
+    rows: dict[str, Tensor] = {}
+    for name, z in (("reconstruction", z_s), ("reenactment", z_r)):
+        for steps in SHEET_STEPS:
+            rows[f"{name} T={steps}"] = render(unet, kind, x_T, z, steps)
+    return {name: to_pixels(row) for name, row in rows.items()}
