@@ -26,6 +26,7 @@ from diffusionact.commands import (
     export,
     import_,
     live,
+    prepare,
     run,
     serve,
     train,
@@ -37,7 +38,7 @@ from diffusionact.errors import DiffusionActError, SettingsError
 
 # In the order of --help; the second are those that take the options of a model.
 COMMANDS = (
-    demo, run, live, serve, import_, export, build, calibrate, train, eval, check, bench,
+    demo, run, live, serve, import_, export, build, calibrate, prepare, train, eval, check, bench,
     bench_compare,
 )  # fmt: skip
 OF_A_MODEL = (demo, run, live, serve)

@@ -36,6 +36,17 @@ class PoolRecipe:
 
 
 @dataclass(frozen=True)
+class ShardsRecipe:
+    """Which prepared faces, in place of rendered ones: what `diffusionact prepare` left in
+    `folder`. The last `held_out` people, by name, are for evaluation only; pairs are of frames of
+    one take (a piece of a clip without a cut), or of all that a person has."""
+
+    folder: str
+    held_out: int = 16
+    pairs: Literal["take", "person"] = "take"
+
+
+@dataclass(frozen=True)
 class LossRecipe:
     """Weights of the pixel regions (before the mean is brought to 1) and of the heads on z."""
 
@@ -183,7 +194,7 @@ class Recipe:
 
     name: str
     network: str
-    pool: PoolRecipe
+    pool: PoolRecipe | ShardsRecipe  # [pool] rendered, or [data] prepared
     stages: tuple[StageRecipe, ...]
     loss: LossRecipe = field(default_factory=LossRecipe)
     inversions: InversionRecipe = field(default_factory=InversionRecipe)
@@ -228,12 +239,23 @@ def parse_recipe(text: str, where: str = "recipe") -> Recipe:
     for key, cls in tables.items():
         if key in values:
             values[key] = _build(cls, values[key], f"{where} [{key}]")
+    if "data" in values:
+        if "pool" in values:
+            raise SettingsError(f"{where}: [pool] and [data]; wanted rendered or prepared faces")
+        values["pool"] = _build(ShardsRecipe, values.pop("data"), f"{where} [data]")
     stages = values.pop("stages", [])
     values["stages"] = tuple(_build(StageRecipe, s, f"{where} [[stages]]") for s in stages)
     values["digest"] = hashlib.sha256(text.encode()).hexdigest()
     recipe = _build(Recipe, values, where)
     _check(recipe, where)
     return recipe
+
+
+def _check_shards(data: ShardsRecipe, where: str) -> None:
+    if data.held_out < 1:
+        raise SettingsError(f"{where} [data]: held_out = {data.held_out}, wanted 1 or more")
+    if data.pairs not in ("take", "person"):
+        raise SettingsError(f"{where} [data]: pairs = {data.pairs!r}, wanted 'take' or 'person'")
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -248,7 +270,9 @@ def load_recipe(path: str | Path) -> Recipe:
 def _check(recipe: Recipe, where: str) -> None:
     if not recipe.stages:
         raise SettingsError(f"{where}: no [[stages]]; add at least one with kind and images")
-    if not 0 < recipe.pool.held_out < recipe.pool.identities:
+    if isinstance(recipe.pool, ShardsRecipe):
+        _check_shards(recipe.pool, where)
+    elif not 0 < recipe.pool.held_out < recipe.pool.identities:
         raise SettingsError(
             f"{where} [pool]: held_out = {recipe.pool.held_out}, wanted between 1 and "
             f"identities - 1 = {recipe.pool.identities - 1}"

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from diffusionact.condition import Drawing, draw_condition
 from diffusionact.errors import SettingsError
 from diffusionact.landmarks import Landmarks
-from diffusionact.training.config import StageRecipe, load_recipe
+from diffusionact.training.config import PoolRecipe, ShardsRecipe, StageRecipe, load_recipe
 from diffusionact.training.crossing import crossed
 from diffusionact.training.dataset import Dataset, Frames, Ints
 from diffusionact.training.inversions import InversionCache
@@ -162,6 +162,16 @@ def render_pool(
     os.replace(partial / "request.json", partial / "meta.json")
     os.replace(partial, folder)
     return Pool.open(folder)
+
+
+def render_faces(pool: PoolRecipe | ShardsRecipe, workers: int | None = None) -> None:
+    """Returns nothing; the rendered faces of a recipe are there. Prepared ones are there already,
+    or are missed by who opens them."""
+    if isinstance(pool, PoolRecipe):
+        render_pool(
+            pool.folder, identities=pool.identities, frames=pool.frames, size=pool.size,
+            seed=pool.seed, workers=workers,
+        )  # fmt: skip
 
 
 def _check_request(path: Path, request: dict[str, int]) -> None:
@@ -380,11 +390,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--workers", type=int)
     arguments = parser.parse_args()
-    pool = load_recipe(arguments.recipe).pool
-    render_pool(
-        pool.folder, identities=pool.identities, frames=pool.frames, size=pool.size,
-        seed=pool.seed, workers=arguments.workers,
-    )  # fmt: skip
+    render_faces(load_recipe(arguments.recipe).pool, arguments.workers)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train what a recipe says, rendering its faces first where they are not there yet."""
     with extra("train"):
         from diffusionact.training.config import load_recipe
-        from diffusionact.training.data import render_pool
+        from diffusionact.training.data import render_faces
         from diffusionact.training.loop import finish_early
         from diffusionact.training.loop import train as train_recipe
 
@@ -37,14 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
             path = finish_early(arguments.recipe, out=arguments.output)
             say(arguments, {"weights": str(path)}, f"wrote {path}")
             return DONE
-        pool = load_recipe(arguments.recipe).pool
-        render_pool(
-            pool.folder,
-            identities=pool.identities,
-            frames=pool.frames,
-            size=pool.size,
-            seed=pool.seed,
-        )
+        render_faces(load_recipe(arguments.recipe).pool)
         folder = train_recipe(
             arguments.recipe, resume=arguments.resume, out=arguments.output, device=arguments.device
         )

@@ -85,6 +85,11 @@ class ExpressionFit:
             numbers[self._identity :] = np.clip(numbers[self._identity :], *RANGE)
         return self._explained(numbers, camera, scale, flat)
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many coefficients shape and expression have."""
+        return self._identity, len(self._basis) - self._identity
+
     def points(self, fit: FaceFit) -> FloatArray:
         """Return what the fit says of the points, [68,2] px."""
         model = self._shape(np.concatenate([fit.shape, fit.expression]))
