@@ -16,16 +16,16 @@ _FRACTION_BITS = 4  # OpenCV's fixed-point coordinates: 1/16 px
 _REACH = 4.0  # points further than this many sides off the canvas are pulled in
 
 # point indices, closed, RGB; drawn in this order
-_CURVES: tuple[tuple[list[int], bool, tuple[int, int, int]], ...] = (
-    (list(range(0, 17)), False, (255, 255, 255)),
-    (list(range(17, 22)), False, (255, 0, 0)),
-    (list(range(22, 27)), False, (0, 255, 0)),
-    ([27, 28, 29, 30, 30, 33], False, (0, 0, 255)),
-    (list(range(31, 36)), False, (0, 0, 255)),
-    (list(range(36, 42)), True, (255, 0, 255)),
-    (list(range(42, 48)), True, (0, 255, 255)),
-    (list(range(48, 60)), True, (255, 255, 0)),
-    (list(range(60, 68)), True, (255, 255, 0)),
+_CURVES: tuple[tuple[npt.NDArray[np.intp], bool, tuple[int, int, int]], ...] = (
+    (np.arange(0, 17), False, (255, 255, 255)),
+    (np.arange(17, 22), False, (255, 0, 0)),
+    (np.arange(22, 27), False, (0, 255, 0)),
+    (np.array([27, 28, 29, 30, 30, 33]), False, (0, 0, 255)),
+    (np.arange(31, 36), False, (0, 0, 255)),
+    (np.arange(36, 42), True, (255, 0, 255)),
+    (np.arange(42, 48), True, (0, 255, 255)),
+    (np.arange(48, 60), True, (255, 255, 0)),
+    (np.arange(60, 68), True, (255, 255, 0)),
 )
 _GAZE_COLOURS = ((255, 165, 0), (128, 0, 128))
 
@@ -61,9 +61,10 @@ def draw_condition(
     line = cv2.LINE_AA if drawing.antialias else cv2.LINE_8
     coordinates = np.concatenate([landmarks.points[:, :2], landmarks.gaze])
     known = np.isfinite(coordinates).all(axis=1)
+    all_known = bool(known.all())
     fixed = _fixed_point(np.where(known[:, None], coordinates, 0.0), side, bits)
     for indices, closed, colour in _CURVES:
-        if known[indices].all():
+        if all_known or known[indices].all():
             curve = fixed[indices]
             cv2.polylines(canvas, [curve], closed, colour, drawing.thickness_px, line, bits)
     radius = round(drawing.disc_radius_px * (1 << bits))

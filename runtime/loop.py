@@ -33,17 +33,23 @@ APPROXIMATIONS: tuple[Approximation, ...] = ("reuse",)
 WHOLE_EVERY = 3  # steps, of which one runs the whole network and two reuse its deep features
 
 
-def ddim_step(x: Float32Array, prediction: Float32Array, x_0: Float32Array, step: Step) -> None:
+def ddim_step(x: Float32Array, prediction: Float32Array, scratch: Float32Array, step: Step) -> None:
     """Return nothing; moves x one step, in place: schedule.ddim_step to the last bit.
 
-    x, prediction, x_0: float32, one shape; prediction and x_0 are scratch afterwards.
+    x, prediction, scratch: float32, one shape; the last two hold nothing of use afterwards.
+    Memory decides its speed, for a network has just pushed all of it out of the cache: each array
+    is touched only where it must be.
     Source: DDIM, Eq. 12; clipping and eps derived anew are DiffAE code.
     """
-    # x_0 = clip(a x + b prediction)
-    np.multiply(prediction, step.x0_on_prediction, out=prediction)
-    np.multiply(x, step.x0_on_x, out=x_0)
-    np.add(x_0, prediction, out=x_0)
-    np.clip(x_0, -1.0, 1.0, out=x_0)
+    # x_0 = clip(a x + b prediction); a network that predicts x_0 has a = 0, b = 1
+    if step.x0_on_x != 0.0:
+        np.multiply(prediction, step.x0_on_prediction, out=prediction)
+        np.multiply(x, step.x0_on_x, out=scratch)
+        np.add(scratch, prediction, out=prediction)
+    if step.to_noise == 0.0:  # the last step of a render leads to x_0 itself
+        np.clip(prediction, -1.0, 1.0, out=x)
+        return
+    x_0 = np.clip(prediction, -1.0, 1.0, out=prediction)
     # eps = (sqrt(1 / alpha_bar) x - x_0) / sqrt(1 / alpha_bar - 1)
     np.multiply(x, step.sqrt_recip, out=x)
     np.subtract(x, x_0, out=x)
@@ -78,7 +84,7 @@ class _BoundStep:
         self.scale = _buffer(unet_step.inputs["scale"])
         self.shift = _buffer(unet_step.inputs["shift"])
         self._prediction = _buffer(unet_step.outputs["prediction"])
-        self._x_0 = np.zeros_like(self.x)
+        self._scratch = np.zeros_like(self.x)
         for network in (unet_step, shallow):
             if network is not None:
                 network.bind(
@@ -87,7 +93,7 @@ class _BoundStep:
 
     def __call__(self, network: Component, step: Step) -> None:
         network.run()
-        ddim_step(self.x, self._prediction, self._x_0, step)
+        ddim_step(self.x, self._prediction, self._scratch, step)
 
 
 class _Sampler:
@@ -360,8 +366,8 @@ def runs(manifest: Manifest, steps: int | Sequence[int] | None = None) -> tuple[
     """
     plan, kind = manifest.schedule, manifest.prediction
     table = schedule.alpha_bars(plan.total, plan.beta_start, plan.beta_end)
-    down = schedule.render_run(kind, manifest.render.at(steps, plan.total), table)
-    return down, schedule.inversion_run(kind, manifest.invert.at(None, plan.total), table)
+    down = schedule.render_run(kind, manifest.render_at(steps), table)
+    return down, schedule.inversion_run(kind, manifest.invert_at(), table)
 
 
 def _buffer(spec: TensorSpec) -> Float32Array:

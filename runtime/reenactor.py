@@ -28,6 +28,7 @@ from diffusionact.runtime.component import BACKENDS, PRECISIONS, frames_at_once
 from diffusionact.runtime.frames import Foreign, picture
 from diffusionact.runtime.graph import GraphLoop
 from diffusionact.runtime.loop import APPROXIMATIONS, AnyLoop, Approximation, open_loop
+from diffusionact.runtime.paste import on_whole_pixels
 from diffusionact.runtime.pool import Pool
 from diffusionact.runtime.published.ranges import stretched_uint8
 from diffusionact.runtime.published.tracker import PublishedTracker
@@ -130,7 +131,6 @@ class Reenactor:
         self._canvas = np.zeros((side, side, 3), np.uint8)
         self._condition = np.zeros((1, 3, side, side), np.float32)
         self._rgb = np.zeros_like(self._canvas)
-        self._scaled = np.zeros_like(self._condition)
         self._crops, self._frames = Pool(), Pool()
         self._session: Session | None = None  # of the one user who names no session
         self._on_device: Source | None = None  # the one that the GPU's frames are of
@@ -228,6 +228,7 @@ class Reenactor:
             )
         side, how = self.manifest.image_size, self.manifest.crop
         matrix = crop_matrix(landmarks.points, side, how.rotate, how.scale)
+        matrix = on_whole_pixels(matrix, side)
         crop = warp_crop(bgr_to_rgb(portrait_bgr), matrix, side)
         # The landmarks drawn are the picture's own, not those of codes: these are forgotten.
         in_crop = replace(landmarks.transformed(matrix), codes=None)
@@ -450,7 +451,7 @@ class Reenactor:
     def _unpacked(self, x_0: Float32Array) -> UInt8Array:
         if self.settings.compat:
             return stretched_uint8(x_0)
-        return to_uint8(x_0, self._rgb, self._scaled)
+        return to_uint8(x_0, self._rgb, scratch=x_0)  # the loop's memory, not needed any more
 
     def _finished(
         self, crop_rgb: UInt8Array, target: Landmarks, source: Source, watch: StopWatch, seen: bool

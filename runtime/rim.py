@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
+IntArray: TypeAlias = npt.NDArray[np.intp]
 
 CELLS = 16  # a side of the grid; its outermost are the rim
 # Grey levels: a difference of tone counts less the larger it is, and from here on not at all: it
@@ -31,11 +32,17 @@ class RimMatch:
     def __init__(self, reference: UInt8Array) -> None:
         """reference: uint8 [S,S,3], the portrait's own crop."""
         side = len(reference)
-        self._cells = min(CELLS, side)
-        self._reference = reference.astype(np.float32)
+        cells = min(CELLS, side)
+        on_rim, spread = _membrane(cells)
+        self._pixels, self._begins = _pixels_of(on_rim, cells, side)
+        self._reference = reference.reshape(-1, 3)[self._pixels].T.astype(np.float32)  # [3,P]
+        self._seen = np.empty((len(self._pixels), 3), np.uint8)
         self._off, self._weight = np.empty_like(self._reference), np.empty_like(self._reference)
-        self._coarse = np.empty((self._cells, self._cells, 3), np.float32)
-        self._on_rim, self._spread = _membrane(self._cells)
+        self._sums = np.empty((3, len(on_rim)), np.float32)
+        counts = np.diff(self._begins, append=len(self._pixels))
+        self._spread = spread / counts.astype(np.float32)  # of sums: each cell counts by its mean
+        self._coarse = np.empty((cells, cells, 3), np.float32)
+        self._tone = np.empty((side, side, 3), np.float32)
         self._matched = np.empty_like(reference)
 
     def matched(self, crop: UInt8Array) -> UInt8Array:
@@ -44,21 +51,30 @@ class RimMatch:
         crop: uint8 [S,S,3], in the reference's colour order.
         """
         off, weight, coarse = self._off, self._weight, self._coarse
-        cv2.subtract(self._reference, crop, dst=off, dtype=cv2.CV_32F)
+        np.take(crop.reshape(-1, 3), self._pixels, axis=0, out=self._seen, mode="clip")
+        np.subtract(self._reference, self._seen.T, out=off)
         np.multiply(off, off, out=weight)
         weight *= -1.0 / LARGEST**2
         weight += 1.0
         np.maximum(weight, 0.0, out=weight)
         off *= weight
-        cv2.resize(off, (self._cells, self._cells), dst=coarse, interpolation=cv2.INTER_AREA)
-        cells = coarse.reshape(-1, 3)
-        np.matmul(self._spread, cells[self._on_rim], out=cells)
-        cv2.resize(coarse, off.shape[1::-1], dst=off, interpolation=cv2.INTER_LINEAR)
-        return np.asarray(cv2.add(crop, off, dst=self._matched, dtype=cv2.CV_8U), np.uint8)
+        np.add.reduceat(off, self._begins, axis=1, out=self._sums)
+        np.matmul(self._spread, self._sums.T, out=coarse.reshape(-1, 3))
+        cv2.resize(coarse, crop.shape[1::-1], dst=self._tone, interpolation=cv2.INTER_LINEAR)
+        return np.asarray(cv2.add(crop, self._tone, dst=self._matched, dtype=cv2.CV_8U), np.uint8)
+
+
+def _pixels_of(on_rim: IntArray, cells: int, side: int) -> tuple[IntArray, IntArray]:
+    """Return the pixels in the grid's cells `on_rim`, cell by cell, and where each cell begins."""
+    along = np.arange(side) * cells // side
+    cell = (along[:, None] * cells + along).ravel()
+    pixels = np.argsort(cell, kind="stable")
+    pixels = pixels[np.isin(cell[pixels], on_rim)]
+    return pixels, np.flatnonzero(np.diff(cell[pixels], prepend=-1))
 
 
 @cache
-def _membrane(cells: int) -> tuple[npt.NDArray[np.intp], Float32Array]:
+def _membrane(cells: int) -> tuple[IntArray, Float32Array]:
     """Return which of the grid's cells are its rim [R], and the weights [cells*cells,R] that make
     each cell the mean of its neighbours, the rim being what it is."""
     inside = np.zeros((cells, cells), bool)

@@ -17,6 +17,7 @@ from diffusionact.errors import BundleError, DeviceError, MediaError, NoFace, Se
 from diffusionact.image import bgr_to_rgb, to_tensor, to_uint8, warp_crop
 from diffusionact.landmarks import Landmarks, crop_matrix
 from diffusionact.runtime.loop import open_loop
+from diffusionact.runtime.paste import on_whole_pixels
 from diffusionact.runtime.reenactor import Reenactor, Settings
 from diffusionact.runtime.source import Source
 
@@ -71,7 +72,7 @@ def test_prepare_and_render_are_the_stages_in_their_order(
     picture, face = portrait
     manifest = manifest_file.read(toy_bundle)
     how = manifest.crop
-    matrix = crop_matrix(face.points, 32, how.rotate, how.scale)
+    matrix = on_whole_pixels(crop_matrix(face.points, 32, how.rotate, how.scale), 32)
     assert how.scale != 1.0
     crop = warp_crop(bgr_to_rgb(picture), matrix, 32)
     image = to_tensor(crop)
@@ -194,6 +195,7 @@ def test_one_of_several_faces_is_asked_for(toy_bundle: Path, portrait: Portrait)
             act.prepare(picture)
         chosen = act.prepare(picture, face=2)
         wanted = crop_matrix(other.points, 32, scale=act.manifest.crop.scale)
+        wanted = on_whole_pixels(wanted, 32)
         np.testing.assert_array_equal(chosen.matrix, wanted)
         tracker.faces = []
         with pytest.raises(NoFace):
