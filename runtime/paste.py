@@ -15,6 +15,7 @@ from diffusionact.runtime.rim import RimMatch
 
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
+Float64Array: TypeAlias = npt.NDArray[np.float64]
 FloatArray: TypeAlias = npt.NDArray[np.floating]
 Where: TypeAlias = tuple[slice, slice]  # rows and columns
 
@@ -87,7 +88,8 @@ class Paster:
         else:
             cv2.remap(
                 matched,
-                *self._map,
+                self._map[0],
+                self._map[1],
                 interpolation=cv2.INTER_LINEAR,
                 dst=face,
                 borderMode=cv2.BORDER_REPLICATE,
@@ -97,7 +99,7 @@ class Paster:
         return frame
 
 
-def on_whole_pixels(matrix: FloatArray, side: int) -> FloatArray:
+def on_whole_pixels(matrix: Float64Array, side: int) -> Float64Array:
     """Return an upright crop moved, and made larger or smaller, by half a portrait pixel at most,
     so that its edges are those of pixels: its way back is then a resize, which takes a quarter of
     the time. One that is turned stays as it is.
