@@ -109,6 +109,11 @@ class Pool:
         """Returns uint8 [B,S,S,3] RGB, the frames' images alone."""
         return self.images[identity, frame]
 
+    def known(self, identity: Ints, frame: Ints) -> tuple[F32, F32, F32]:
+        """Returns points, gaze and parameters of the frames, as in `Frames`."""
+        at = identity, frame
+        return self.points[at], self.gaze[at], self.parameters[at]
+
     def draw(self, identity: Ints, frame: Ints) -> U8:
         """Returns the condition drawings: uint8 [B,S,S,3] RGB of the frames' landmarks."""
         faces = map(self._landmarks, identity, frame)

@@ -143,6 +143,11 @@ class Shards:
         """Returns uint8 [B,S,S,3] RGB, the frames' images alone."""
         return np.stack(list(self._threads.map(self._picture, self._rows(identity, frame))))
 
+    def known(self, identity: Ints, frame: Ints) -> tuple[F32, F32, None]:
+        """Returns points and gaze of the frames, and that no parameters are known."""
+        points, gaze = (self.column(name, identity, frame) for name in ("points", "gaze"))
+        return points, gaze, None
+
     def column(self, name: str, identity: Ints, frame: Ints) -> npt.NDArray[Any]:
         """Returns what is known of frames under a name of `record_dtype`. Raises: SettingsError."""
         if name not in self.columns:

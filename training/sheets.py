@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusionact.evaluation.metrics import psnr
 from diffusionact.training.config import Recipe
-from diffusionact.training.data import Pool
+from diffusionact.training.dataset import Dataset, Frames
 from diffusionact.training.diffusion import from_z_alone, invert, render, to_batch, to_pixels
 from diffusionact.training.state import State
 
@@ -24,6 +24,7 @@ INVERSION_STEPS = 20
 COLUMNS = 8
 LABEL_PX = 190
 FEATURES = (2, 3, 4)  # eyes, mouth, brows in the renderer's labels
+FEATURE_POINTS = (slice(17, 22), slice(22, 27), slice(36, 42), slice(42, 48), slice(48, 60))
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,36 @@ class Pairs:
     noise: npt.NDArray[np.float32]
 
 
-def held_out_pairs(pool: Pool, held_out: int, count: int) -> Pairs:
-    """Returns `count` pairs of different frames of the last `held_out` identities."""
+def held_out_pairs(pool: Dataset, held_out: int, count: int) -> Pairs:
+    """Returns `count` pairs of different frames, of one clip, of the last `held_out` people."""
     rng = np.random.default_rng(0)
     identity = pool.identities - held_out + np.arange(count) % held_out
-    source = rng.integers(pool.frames, size=count)
-    target = (source + rng.integers(1, max(pool.frames, 2), size=count)) % pool.frames
+    source = rng.integers(pool.count(identity), size=count)
+    first, length = pool.span(identity, source)
+    step = rng.integers(1, np.maximum(length, 2), size=count)
+    target = first + (source - first + step) % length
     noise = rng.standard_normal((count, 3, pool.size, pool.size), dtype=np.float32)
+    frames = pool.gather(identity, target)
     return Pairs(
-        source=pool.images[identity, source],
-        target=pool.images[identity, target],
+        source=pool.pictures(identity, source),
+        target=frames.images,
         own=pool.draw(identity, source),
         condition=pool.draw(identity, target),
-        features=np.isin(pool.labels[identity, target], FEATURES),
+        features=_features(frames),
         noise=noise,
     )
+
+
+def _features(frames: Frames) -> npt.NDArray[np.bool_]:
+    """Where eyes, mouth and brows are: by the labels, else within their landmarks."""
+    if frames.labels is not None:
+        return np.isin(frames.labels, FEATURES)
+    masks = np.zeros(frames.images.shape[:3], np.uint8)
+    for mask, points in zip(masks, frames.points, strict=True):
+        for part in FEATURE_POINTS:
+            outline = np.rint(points[part, :2]).astype(np.int32)
+            cv2.fillConvexPoly(mask, cv2.convexHull(outline), 1)
+    return masks > 0
 
 
 @torch.no_grad()
