@@ -46,6 +46,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "cuda": ("runtime/cuda.py", "runtime/kernel_code.py"),
     "onnxruntime": ("runtime/ort.py", "export/parity.py"),
     "openvino": ("runtime/openvino_library.py",),
+    "lightning_fabric": ("training/world.py",),
     "numba": ("training/rasterizer.py",),
     "nvtx": ("runtime/trace.py",),
     "pygame": ("runtime/window.py",),

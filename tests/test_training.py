@@ -36,6 +36,7 @@ from diffusionact.training.losses import (
 from diffusionact.training.models import FACE128
 from diffusionact.training.stages import to_sample
 from diffusionact.training.state import BACKGROUND, State
+from diffusionact.training.world import alone
 
 pytestmark = pytest.mark.torch
 
@@ -108,7 +109,7 @@ def recipe_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def trainer(path: Path, folder: Path) -> loop.Trainer:
-    return loop.Trainer(load_recipe(path), folder, torch.device("cpu"))
+    return loop.Trainer(load_recipe(path), folder, alone(torch.device("cpu")))
 
 
 # Recipes
@@ -345,7 +346,7 @@ def test_a_run_begins_from_finished_weights(recipe_path: Path, tmp_path: Path) -
     path = tmp_path / "start.safetensors"
     loop.finish(first.state, first.recipe, path)
     run = loop.Trainer(
-        replace(first.recipe, start=str(path)), tmp_path / "second", torch.device("cpu")
+        replace(first.recipe, start=str(path)), tmp_path / "second", alone(torch.device("cpu"))
     )
     run._begin(replace(first.recipe.stages[-1], kind="reenact"))
     for name in ("unet", "encoder", "reenactment"):
@@ -365,7 +366,7 @@ def test_weights_of_another_network_start_nothing(
     monkeypatch.setattr(state, "PRESETS", {"tiny": wider})
     with pytest.raises(SettingsError, match="start"):
         loop.Trainer(
-            replace(first.recipe, start=str(path)), tmp_path / "second", torch.device("cpu")
+            replace(first.recipe, start=str(path)), tmp_path / "second", alone(torch.device("cpu"))
         )
 
 

@@ -1,58 +1,178 @@
-"""Several processes that train together: the same gradients, the same clock, the same end."""
+"""Several processes that train together: the same curve as one, the same clock, the same end."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from diffusionact.training.world import World, join_world
+from diffusionact.training import loop, state
+from diffusionact.training.gather import gathered
+from diffusionact.training.share import Share
+from diffusionact.training.world import alone, join_world
+from tests.test_training import TINY, write_pool
 
 pytestmark = pytest.mark.torch
+
+# Sums of float32 in another order, through four steps of Muon, whose iteration is in bfloat16.
+CURVE_TOLERANCE = 2e-3
+CPU = torch.device("cpu")
+
+TEXT = """
+name = "tiny"
+network = "tiny"
+weights = "{folder}/face.safetensors"
+[pool]
+folder = "{folder}/pool"
+identities = 6
+held_out = 2
+[loop]
+log_every_steps = 1
+fused_norm = false
+bf16 = false
+evaluation_pairs = 1
+[[stages]]
+kind = "autoencoder"
+images = 24
+batch = 8
+cached_noise = 0.0
+accumulate = {accumulate}
+[[stages]]
+kind = "reenact"
+images = 32
+batch = 8
+cached_noise = 0.0
+encoder_lr = 1.0
+drawing_gain = 1.0
+"""
+
+
+def in_two_processes(work: Callable[[int, str], None], folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        (folder / "port").write_text(str(server.getsockname()[1]))
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+
+
+def join_as(rank: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=Path(folder, "port").read_text())
+    torch.set_num_threads(1)
+
+
+class Sum(nn.Module):
+    """Two linear layers, one of them idle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total: Tensor = self.used(x).sum()
+        return total
 
 
 def agree_in_one_of_two(rank: int, folder: str) -> None:
     """What each process does; its answers go to a file."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=Path(folder, "port").read_text())
-    torch.set_num_threads(1)
-    with join_world(torch.device("cpu")) as world:
-        layer, unused = nn.Linear(3, 2), nn.Parameter(torch.zeros(4))
-        for parameter in layer.parameters():
-            parameter.grad = torch.full_like(parameter, 1.0 + 2 * rank)
-        seconds, stop = world.agree([*layer.parameters(), unused], 10.0 + rank, stop=rank == 1)
-        answer = {
-            "gradients": [float(g) for p in layer.parameters() for g in p.grad.flatten()],  # type: ignore[union-attr]
-            "unused": unused.grad is None, "seconds": seconds, "stop": stop,
-            "first": world.first, "stream": world.stream,
-        }  # fmt: skip
-    Path(folder, f"{rank}.json").write_text(json.dumps(answer))
+    join_as(rank, folder)
+    with join_world(CPU) as world:
+        model = Sum()
+        wrapped, optimizer = world.wrap(model, torch.optim.SGD(model.parameters(), lr=1.0))
+        with world.apart(wrapped, True):
+            world.fabric.backward(wrapped(torch.full((1, 3), 1.0 + 2 * rank)))
+        assert model.used.weight.grad is not None
+        apart = float(model.used.weight.grad[0, 0])
+        world.fabric.backward(wrapped(torch.full((1, 3), 1.0 + 2 * rank)))
+        answer: dict[str, Any] = {
+            "gradient": model.used.weight.grad.flatten().tolist(),
+            "idle": model.idle.weight.grad is None,
+            "mean": world.mean({"seconds": 10.0 + rank, "stop": float(rank)}),
+            "gathered": gathered(torch.full((2, 1), float(rank))).flatten().tolist(),
+        }
+        own = {"first": world.first, "share": [world.share.index, world.share.count],
+               "apart": apart}  # fmt: skip
+    Path(folder, f"{rank}.json").write_text(json.dumps([answer, own]))
 
 
 def test_two_processes_agree(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        (tmp_path / "port").write_text(str(server.getsockname()[1]))
-    torch.multiprocessing.spawn(agree_in_one_of_two, (str(tmp_path),), nprocs=2)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert (first.pop("first"), second.pop("first")) == (True, False)
-    assert first.pop("stream") != second.pop("stream"), "each draws batches of its own"
+    in_two_processes(agree_in_one_of_two, tmp_path)
+    (first, own), (second, others) = (
+        json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)
+    )
+    assert own == {"first": True, "share": [0, 2], "apart": 1.0}, "not exchanged before the last"
+    assert others == {"first": False, "share": [1, 2], "apart": 3.0}
     assert first == second
-    assert first["gradients"] == [2.0] * 8 and first["unused"]
-    assert first["seconds"] == 10.5 and first["stop"] is True
+    assert first["gradient"] == [4.0] * 6, "the mean of 1 + 1 and 3 + 3"
+    assert first["idle"], "what nobody used has no gradient"
+    assert first["mean"] == {"seconds": 10.5, "stop": 0.5}
+    assert first["gathered"] == [0, 0, 1, 1]
 
 
 def test_a_world_of_one_changes_nothing() -> None:
-    layer = nn.Linear(2, 2)
-    layer(torch.ones(1, 2)).sum().backward()
-    assert layer.weight.grad is not None
-    before = layer.weight.grad.clone()
-    with join_world(torch.device("cpu")) as world:
-        assert world.agree(list(layer.parameters()), 3.0, stop=False) == (3.0, False)
-        assert world.first and world.stream == ()
-    assert torch.equal(layer.weight.grad, before)
-    assert World(torch.device("cpu"), rank=1, size=2).stream == (1,)
+    world = alone(CPU)
+    assert world.mean({"seconds": 3.0, "stop": 0.0}) == {"seconds": 3.0, "stop": 0.0}
+    assert world.first and world.share == Share(0, 1)
+    rows = torch.ones(2, 3, requires_grad=True)
+    assert torch.equal(gathered(rows), rows) and not gathered(rows).requires_grad
+
+
+def test_bfloat16_is_for_the_networks_and_not_for_what_they_see() -> None:
+    seen: list[torch.dtype] = []
+
+    class Probe(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.extend([x.dtype, self.layer(x).dtype])
+            return x.sum()
+
+    probe, world = Probe(), alone(CPU, bf16=True)
+    wrapped, _ = world.wrap(probe, torch.optim.SGD(probe.parameters(), lr=1.0))
+    assert wrapped(torch.ones(1, 2)).dtype == torch.float32
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_shares_are_contiguous_and_whole() -> None:
+    rows = [np.arange(12)[Share(i, 3).rows(12)] for i in range(3)]
+    np.testing.assert_array_equal(np.concatenate(rows), np.arange(12))
+    assert all(part[0] % 2 == 0 for part in rows), "even places stay even"
+
+
+def train_in_one_of_two(rank: int, folder: str) -> None:
+    join_as(rank, folder)
+    state.PRESETS = {"tiny": replace(TINY, channels=64)}
+    loop.train(Path(folder) / "tiny.toml", out=Path(folder) / "two", device="cpu")
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "curves.jsonl").read_text().splitlines()]
+    timed = ("seconds", "images_per_s", "stage")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines if "step" in line]
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same curve at the same batch; and at the same batch in turns."""
+    monkeypatch.setattr(state, "PRESETS", {"tiny": replace(TINY, channels=64)})
+    write_pool(tmp_path / "pool")
+    recipe = tmp_path / "tiny.toml"
+    curves = []
+    for name, accumulate in (("one", 1), ("turns", 4)):
+        recipe.write_text(TEXT.format(folder=tmp_path, accumulate=accumulate))
+        curves.append(curve(loop.train(recipe, out=tmp_path / name, device="cpu")))
+    recipe.write_text(TEXT.format(folder=tmp_path, accumulate=2))
+    in_two_processes(train_in_one_of_two, tmp_path)
+    wanted = curves.pop(0)
+    assert len(wanted) == 7 and wanted[-1]["seen"] == 56
+    for found in (*curves, curve(tmp_path / "two")):
+        for line, line_wanted in zip(found, wanted, strict=True):
+            assert line == pytest.approx(line_wanted, rel=CURVE_TOLERANCE)

@@ -113,7 +113,8 @@ class StageRecipe:
     render: list[int] = field(default_factory=list)  # timesteps of a round of method progressive;
     invert: list[int] = field(default_factory=list)  # none: the student's own
     minutes: float | None = None
-    batch: int = 64
+    batch: int = 64  # of one step of the optimiser, over all processes and turns
+    accumulate: int = 1  # turns that a process takes for its part of a batch; saves memory
     lr: float = 1.5e-3
     matrix_lr: float = 0.0  # above 0: Muon steps this long for weight matrices, AdamW for the rest
     warmup_steps: int = 100

@@ -28,6 +28,7 @@ from diffusionact.training.config import PoolRecipe, ShardsRecipe, StageRecipe, 
 from diffusionact.training.crossing import crossed
 from diffusionact.training.dataset import Dataset, Frames, Ints
 from diffusionact.training.inversions import InversionCache
+from diffusionact.training.share import WHOLE, Share
 
 FORMAT = 1
 FIELDS = ("images", "labels", "points", "gaze", "pose", "expression", "gaze_angles", "parameters")
@@ -108,11 +109,6 @@ class Pool:
     def pictures(self, identity: Ints, frame: Ints) -> U8:
         """Returns uint8 [B,S,S,3] RGB, the frames' images alone."""
         return self.images[identity, frame]
-
-    def known(self, identity: Ints, frame: Ints) -> tuple[F32, F32, F32]:
-        """Returns points, gaze and parameters of the frames, as in `Frames`."""
-        at = identity, frame
-        return self.points[at], self.gaze[at], self.parameters[at]
 
     def draw(self, identity: Ints, frame: Ints) -> U8:
         """Returns the condition drawings: uint8 [B,S,S,3] RGB of the frames' landmarks."""
@@ -268,10 +264,12 @@ class PairSampler:
         stage: StageRecipe,
         cache: InversionCache,
         seed: tuple[int, ...],
+        share: Share = WHOLE,
     ) -> None:
-        """identities: how many people, the first ones, are trained on."""
+        """identities: how many people, the first ones, are trained on; share: which part of each
+        batch is made."""
         self.pool, self.identities, self.stage = pool, identities, stage
-        self.cache, self.seed = cache, seed
+        self.cache, self.seed, self.share = cache, seed, share
 
     def __call__(self, step: int) -> Batch:
         rng = np.random.default_rng((*self.seed, step))
@@ -283,7 +281,8 @@ class PairSampler:
         identity = np.concatenate([identity, people])
         source = np.concatenate([source, rng.integers(self.pool.count(people), size=rest)])
         target = self._targets(rng, identity, source)
-        return self._gather(identity, source, target, noise)
+        mine = self.share.rows(count)
+        return self._gather(identity[mine], source[mine], target[mine], noise[mine])
 
     def _targets(self, rng: np.random.Generator, identity: Ints, source: Ints) -> Ints:
         """The frames to make of the sources, of the same clip; "halves" and "other": another than

@@ -21,17 +21,23 @@ from torch import Tensor
 
 from diffusionact.errors import DeviceError, DiffusionActError, SettingsError
 from diffusionact.training.config import Recipe, StageRecipe, load_recipe
-from diffusionact.training.data import PairSampler, Pool, Prefetcher
+from diffusionact.training.data import Batch, PairSampler, Prefetcher
+from diffusionact.training.dataset import Dataset, training_people
 from diffusionact.training.diffusion import invert, to_batch
+from diffusionact.training.gather import gathered
 from diffusionact.training.inversions import InversionCache
 from diffusionact.training.inverted_sources import inverted_sources
 from diffusionact.training.losses import HeadTargets, head_targets
 from diffusionact.training.models import fused_norm
 from diffusionact.training.muon import Muon
+from diffusionact.training.objective import Objective
+from diffusionact.training.shards import open_dataset
+from diffusionact.training.share import Share
 from diffusionact.training.sheets import held_out_pairs, scores, write_sheet
-from diffusionact.training.stages import STAGES, stage_loss, to_sample, trained
+from diffusionact.training.stages import STAGES, trained
+from diffusionact.training.stages.sample import Sample, part_of, to_sample
 from diffusionact.training.state import State
-from diffusionact.training.world import World, join_world
+from diffusionact.training.world import World, alone, join_world
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +50,8 @@ def train(
     device: str = "auto",
 ) -> Path:  # fmt: skip
     """Returns the folder of the run, after training all stages of the recipe, or up to a stop
-    signal; `resume` goes on from its last checkpoint. Under torchrun every process trains on
-    batches of its own, and all take the mean of their gradients.
+    signal; `resume` goes on from its last checkpoint. Under torchrun every process works on its
+    part of each batch, and all take the mean of their gradients.
 
     Raises:
         SettingsError: the recipe, pool or checkpoint does not fit, or the folder is another run's.
@@ -58,8 +64,8 @@ def train(
             f"{folder / 'last.pt'} is the checkpoint of another run, which a new one would "
             "overwrite; go on with it by --resume, or name another folder with -o"
         )
-    with join_world(choose_device(device)) as world:
-        trainer = Trainer(recipe, folder, world.device, world)
+    with join_world(choose_device(device), bf16=recipe.loop.bf16) as world:
+        trainer = Trainer(recipe, folder, world)
         if resume:
             trainer.resume()
         if trainer.run() and world.first:
@@ -75,7 +81,7 @@ def finish_early(recipe_path: str | Path, out: str | Path | None = None) -> Path
     """
     recipe = load_recipe(recipe_path)
     folder = _folder(recipe, out)
-    trainer = Trainer(recipe, folder, torch.device("cpu"))
+    trainer = Trainer(recipe, folder, alone(torch.device("cpu")))
     trainer.resume()
     progress, last = trainer.state.progress, len(recipe.stages) - 1
     if (progress.stage, progress.step) <= (last, 0):
@@ -107,19 +113,16 @@ class TrainingDiverged(DiffusionActError):
 class Trainer:
     """One run in a folder: last.pt, curves.jsonl, sheets."""
 
-    def __init__(
-        self, recipe: Recipe, folder: Path, device: torch.device, world: World | None = None
-    ) -> None:
-        self.recipe, self.folder, self.device = recipe, folder, device
-        self.world = world or World(device)
-        self.pool = Pool.open(recipe.pool.folder)
-        self.identities = self.pool.identities - recipe.pool.held_out
-        self.state = State(recipe, _statistics(self.pool, self.identities), device)
+    def __init__(self, recipe: Recipe, folder: Path, world: World) -> None:
+        self.recipe, self.folder, self.world, self.device = recipe, folder, world, world.device
+        self.pool = open_dataset(recipe.pool)
+        self.identities = training_people(self.pool, recipe.pool.held_out)
+        self.state = State(recipe, _statistics(self.pool, self.identities), self.device)
         self.pairs = held_out_pairs(self.pool, recipe.pool.held_out, recipe.loop.evaluation_pairs)
         self.stop = self.asked_to_stop = False
         self._optimizer_state: dict[str, Any] | None = None
         folder.mkdir(parents=True, exist_ok=True)
-        if recipe.loop.fused_norm and device.type == "cpu":
+        if recipe.loop.fused_norm and self.device.type == "cpu":
             fused_norm.enable()
         if recipe.loop.compile:
             for name in ("unet", "encoder", "reenactment"):
@@ -147,6 +150,8 @@ class Trainer:
         return True
 
     def _begin(self, stage: StageRecipe) -> None:
+        self._check_split("batch", stage.batch, self.world.size * stage.accumulate)
+        self._check_split("[inversions] batch", self.recipe.inversions.batch, self.world.size)
         earlier = self.recipe.stages[: self.state.progress.stage]
         fresh = self.state.progress.step == 0 and not self.state.has_reenactment
         if fresh and stage.kind != "autoencoder" and all(s.kind == "autoencoder" for s in earlier):
@@ -154,6 +159,8 @@ class Trainer:
         self.state.optimizer = _optimizer(self.state, stage, self.device)
         if self._optimizer_state is not None:
             self.state.optimizer.load_state_dict(self._optimizer_state)
+        objective = Objective(self.state, self.recipe, stage)
+        self.objective, self.optimizer = self.world.wrap(objective, self.state.optimizer)
         self.cache = InversionCache(self.recipe.inversions.capacity, self.pool.size)
         self.sources = None
         if STAGES[stage.kind].NOISE == "sources":
@@ -161,9 +168,16 @@ class Trainer:
                 self.state.keep_inverter()
             self.sources = inverted_sources(self.state, self.recipe, self.folder, self.device)
 
+    def _check_split(self, name: str, batch: int, parts: int) -> None:
+        if batch % (2 * parts) and parts > 1:
+            raise SettingsError(
+                f"{name} = {batch}, wanted a multiple of {2 * parts}: it is split into {parts} "
+                f"parts of even length, for {self.world.size} processes"
+            )
+
     def _run_stage(self, stage: StageRecipe) -> None:
-        seed = (self.recipe.seed, self.state.progress.stage, *self.world.stream)
-        sampler = PairSampler(self.pool, self.identities, stage, self.cache, seed)
+        seed, share = (self.recipe.seed, self.state.progress.stage), self.world.share
+        sampler = PairSampler(self.pool, self.identities, stage, self.cache, seed, share)
         batches = Prefetcher(sampler, self.state.progress.step)
         clock = _Clock(self.state.progress.seconds)
         curve = _Curve(self.folder / "curves.jsonl", self.recipe.loop.log_every_steps, self.state)
@@ -184,40 +198,49 @@ class Trainer:
         finally:
             batches.close()
 
-    def _step(self, stage: StageRecipe, batch: Any, clock: _Clock) -> dict[str, Tensor]:
-        state, progress = self.state, self.state.progress
-        optimizer = state.optimizer
-        assert optimizer is not None
+    def _step(self, stage: StageRecipe, batch: Batch, clock: _Clock) -> dict[str, float]:
+        """Returns the parts of the loss, after one step of the optimiser on the whole batch."""
+        state, progress, optimizer = self.state, self.state.progress, self.optimizer
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate(stage, state)
-        over = fraction(stage, state)
+        over, generator = fraction(stage, state), self._generator()
         if self.sources is not None:
+            assert batch.source is not None
             batch = replace(batch, noise=self.sources(batch.source))
-        sample = to_sample(batch, self.recipe, stage, self._generator(), over)
-        with self._autocast():
-            loss, parts = stage_loss(state, sample, self.recipe, stage)
+        sample = to_sample(batch, self.recipe, stage, generator, over, self.world.share)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        asked = self.asked_to_stop
-        progress.seconds, stop = self.world.agree(parameters, clock.seconds(), asked)
-        self.stop = self.stop or stop
-        parts["gradient"] = torch.nn.utils.clip_grad_norm_(parameters, stage.clip)
+        losses = self._gradients(stage, sample)
+        asked = float(self.asked_to_stop)
+        parts = self.world.mean({**losses, "seconds": clock.seconds(), "stop": asked})
+        progress.seconds, self.stop = parts.pop("seconds"), self.stop or parts.pop("stop") > 0
+        parts["gradient"] = float(self.world.clip(self.objective, optimizer, stage.clip))
         self._finite(parts)
         optimizer.step()
         progress.step += 1
-        progress.images += len(batch.target) * self.world.size
-        progress.seen += len(batch.target) * self.world.size
+        progress.images += stage.batch
+        progress.seen += stage.batch
         decay = min(stage.ema, (1 + progress.step) / (10 + progress.step))
         state.average(decay, trained(stage))
-        return {name: value.detach() for name, value in parts.items()}
+        return parts
 
-    def _finite(self, parts: dict[str, Tensor]) -> None:
+    def _gradients(self, stage: StageRecipe, sample: Sample) -> dict[str, Tensor]:
+        """Returns the parts of the loss; the gradient of the batch is now in the networks. It is
+        worked through in `accumulate` turns, the last of which tells it to the other processes."""
+        sums: dict[str, Tensor] = {}
+        for turn in range(stage.accumulate):
+            rows = Share(turn, stage.accumulate).rows(len(sample.target))
+            with self.world.apart(self.objective, turn + 1 < stage.accumulate):
+                loss, parts = self.objective(part_of(sample, rows))
+                self.world.fabric.backward(loss / stage.accumulate)
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0) + value / stage.accumulate
+        return sums
+
+    def _finite(self, parts: dict[str, float]) -> None:
         """Ends the run before a bad step spoils the weights or the checkpoint."""
-        values = {name: float(value.detach()) for name, value in parts.items()}
-        if not all(math.isfinite(value) for value in values.values()):
+        if not all(math.isfinite(value) for value in parts.values()):
             raise TrainingDiverged(
-                f"step {self.state.progress.step}: {values}, wanted finite numbers; "
+                f"step {self.state.progress.step}: {parts}, wanted finite numbers; "
                 f"{self.folder / 'last.pt'} is from before: go on with --resume, lower lr, or "
                 "set fused_norm = false in [loop]"
             )
@@ -238,18 +261,19 @@ class Trainer:
     def _invert(self, stage: StageRecipe, index: int) -> None:
         recipe, pool, ema = self.recipe.inversions, self.pool, self.state.ema
         stream = (self.recipe.seed, self.state.progress.stage, INVERSION_STREAM + index)
-        rng = np.random.default_rng((*stream, *self.world.stream))
+        rng = np.random.default_rng(stream)
         identity = rng.integers(self.identities, size=recipe.batch)
-        frame = rng.integers(pool.frames, size=recipe.batch)
-        source = to_batch(pool.images[identity, frame], self.device)
+        frame = rng.integers(pool.count(identity), size=recipe.batch)
+        mine = self.world.share.rows(recipe.batch)
+        source = to_batch(pool.pictures(identity[mine], frame[mine]), self.device)
         with self._autocast():
             if stage.kind == "autoencoder":
                 z = ema["encoder"](source).float()
             else:
-                drawing = to_batch(pool.draw(identity, frame), self.device)
+                drawing = to_batch(pool.draw(identity[mine], frame[mine]), self.device)
                 z = ema["reenactment"](source, drawing).float()
             x_T = invert(ema["unet"], self.state.config.prediction, source, z, recipe.steps)
-        self.cache.add(x_T.cpu().numpy(), identity, frame)
+        self.cache.add(gathered(x_T.half()).cpu().numpy(), identity, frame)
 
     def sheet(self, stage: StageRecipe) -> dict[str, float]:
         """Writes a sample sheet, logs its PSNRs and returns them; one process does it for all."""
@@ -273,12 +297,11 @@ class Trainer:
     def _generator(self) -> torch.Generator:
         """The random numbers of this step, the same in an unbroken and a resumed run."""
         key = (self.recipe.seed, self.state.progress.stage, self.state.progress.step)
-        sequence = np.random.SeedSequence((*key, *self.world.stream))
-        seed = int(sequence.generate_state(1, np.uint32)[0])
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
         return torch.Generator(self.device).manual_seed(seed)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.loop.bf16)
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+        return self.world.fabric.autocast()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -309,14 +332,14 @@ class _Curve:
     """Means of the losses over `every` steps, as lines of JSON."""
 
     def __init__(self, path: Path, every: int, state: State) -> None:
-        self._path, self._every, self._rows = path, every, list[dict[str, Tensor]]()
+        self._path, self._every, self._rows = path, every, list[dict[str, float]]()
         self._start, self._seen = time.monotonic(), state.progress.seen
 
-    def add(self, state: State, stage: StageRecipe, parts: dict[str, Tensor]) -> None:
+    def add(self, state: State, stage: StageRecipe, parts: dict[str, float]) -> None:
         self._rows.append(parts)
         if len(self._rows) < self._every:
             return
-        means = {k: float(torch.stack([row[k] for row in self._rows]).mean()) for k in parts}
+        means = {k: float(np.mean([row[k] for row in self._rows])) for k in parts}
         progress = state.progress
         rate_per_s = (progress.seen - self._seen) / (time.monotonic() - self._start)
         record = {
@@ -368,14 +391,12 @@ def _commit() -> str:
     return answer.stdout.strip() or "unknown"
 
 
-def _statistics(pool: Pool, identities: int) -> HeadTargets:
+def _statistics(pool: Dataset, identities: int) -> HeadTargets:
     """The heads' targets of a sample of the training frames."""
     rng = np.random.default_rng(0)
     identity = rng.integers(identities, size=STATISTICS_FRAMES)
-    frame = rng.integers(pool.frames, size=STATISTICS_FRAMES)
-    return head_targets(
-        pool.points[identity, frame], pool.gaze[identity, frame], pool.parameters[identity, frame]
-    )
+    frame = rng.integers(pool.count(identity), size=STATISTICS_FRAMES)
+    return head_targets(*pool.known(identity, frame))
 
 
 def _optimizer(state: State, stage: StageRecipe, device: torch.device) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusionact.training.config import LossRecipe
+from diffusionact.training.gather import gathered
 
 F32 = npt.NDArray[np.float32]
 
@@ -159,10 +160,10 @@ def keypoint_distance(placed: Tensor, wanted: Tensor) -> Tensor:
 
 
 def code_distance(z: Tensor, wanted: Tensor) -> Tensor:
-    """Returns |z - wanted| in standard deviations of the wanted codes [B,E] over the batch, mean
-    over the code: float32 [B].
+    """Returns |z - wanted| in standard deviations of the wanted codes [B,E] over the batch, all
+    processes' parts of it, mean over the code: float32 [B].
 
     Source: DiffusionAct, the pre-training of the reenactment encoder.
     """
-    deviation = wanted.std(dim=0).clamp(min=1e-3)
+    deviation = gathered(wanted).std(dim=0).clamp(min=1e-3)
     return ((z.float() - wanted) / deviation).abs().mean(dim=1)

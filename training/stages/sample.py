@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from diffusionact.training.config import Recipe, StageRecipe
 from diffusionact.training.data import Batch
 from diffusionact.training.diffusion import draw_timesteps, to_batch
 from diffusionact.training.losses import head_targets, keypoint_targets, pixel_weights
+from diffusionact.training.share import WHOLE, Share
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,20 @@ class Sample:
 
 
 def to_sample(
-    batch: Batch, recipe: Recipe, stage: StageRecipe, generator: torch.Generator, fraction: float
-) -> Sample:
-    """Returns the batch on the generator's device, with noise and timesteps drawn; `fraction` of
-    the stage is over."""
+    batch: Batch, recipe: Recipe, stage: StageRecipe, generator: torch.Generator, fraction: float,
+    share: Share = WHOLE,
+) -> Sample:  # fmt: skip
+    """Returns the batch, which is this share of the whole one, on the generator's device, with
+    noise and timesteps drawn for all and its own kept; `fraction` of the stage is over."""
     device = generator.device
     target = to_batch(batch.target, device)
-    eps = torch.randn(target.shape, generator=generator, device=device)
+    whole = len(target) * share.count
+    rows = share.rows(whole)
+    eps = torch.randn((whole, *target.shape[1:]), generator=generator, device=device)[rows]
     eps = eps.contiguous(memory_format=torch.channels_last)
     eps[: len(batch.noise)] = torch.from_numpy(batch.noise).to(device, torch.float32)
     values = head_targets(batch.points, batch.gaze, batch.parameters).values
     gaze = torch.from_numpy(np.ascontiguousarray(batch.gaze)).to(device)
-    count = len(target)
     until = stage.true_keypoints_until
     true_share = 1 - fraction / until if until else 0.0
     return Sample(
@@ -53,10 +56,16 @@ def to_sample(
         weight=_weight(batch, gaze, recipe),
         values=torch.from_numpy(values).to(device),
         keypoints=torch.from_numpy(keypoint_targets(batch.points, batch.gaze)).to(device),
-        true_keypoints=torch.rand(count, generator=generator, device=device) < true_share,
+        true_keypoints=(torch.rand(whole, generator=generator, device=device) < true_share)[rows],
         eps=eps,
-        t=draw_timesteps(count, stage.timestep_power, generator),
+        t=draw_timesteps(whole, stage.timestep_power, generator)[rows],
     )
+
+
+def part_of(sample: Sample, rows: slice) -> Sample:
+    """Returns these rows of the sample."""
+    fields = {name: value[rows] for name, value in vars(sample).items() if value is not None}
+    return replace(sample, **fields)
 
 
 def _weight(batch: Batch, gaze: torch.Tensor, recipe: Recipe) -> Tensor:
