@@ -235,7 +235,8 @@ class Batch:
     identity, frame, source_frame: int64 [B]; target, source: uint8 [B,S,S,3] RGB; labels, mask:
     uint8 [B,S,S], as in `Frames`; points: float32 [B,68,3] px; gaze: float32 [B,2,2] px;
     parameters: float32 [B,P]; condition: uint8 [B,S,S,3], drawing of the target's landmarks;
-    noise: float16 or float32 [n,3,S,S]; driver: int64 [B], whose motion it is, where not the source's.
+    noise: float16 or float32 [n,3,S,S]; driver: int64 [B], whose motion it is, where not the
+    source's; source_points: float32 [B,68,3] px.
     """
 
     identity: Ints
@@ -251,6 +252,7 @@ class Batch:
     source_frame: Ints
     mask: U8 | None = None
     driver: Ints | None = None
+    source_points: F32 | None = None
 
 
 class PairSampler:
@@ -302,6 +304,7 @@ class PairSampler:
     ) -> Batch:
         pool, pairs = self.pool, self.stage.kind != "autoencoder"
         frames = pool.gather(identity, target)
+        before = pool.gather(identity, source) if pairs else None
         return Batch(
             identity=identity,
             frame=target,
@@ -310,11 +313,12 @@ class PairSampler:
             points=frames.points,
             gaze=frames.gaze,
             parameters=frames.parameters,
-            source=pool.pictures(identity, source) if pairs else None,
+            source=before.images if before else None,
             condition=pool.draw(identity, target) if pairs else None,
             noise=noise,
             source_frame=source,
             mask=frames.mask,
+            source_points=before.points if before else None,
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffusionact.errors import DeviceError, DiffusionActError, SettingsError
 from diffusionact.training.config import Recipe, StageRecipe, load_recipe
+from diffusionact.training.critics import open_critics
 from diffusionact.training.data import Batch, PairSampler, Prefetcher
 from diffusionact.training.dataset import Dataset, training_people
 from diffusionact.training.diffusion import invert, to_batch
@@ -118,6 +119,10 @@ class Trainer:
         self.pool = open_dataset(recipe.pool)
         self.identities = training_people(self.pool, recipe.pool.held_out)
         self.state = State(recipe, _statistics(self.pool, self.identities), self.device)
+        if any(STAGES[stage.kind].CRITICS for stage in recipe.stages):
+            first = self.pool.gather(np.zeros(1, np.int64), np.zeros(1, np.int64))
+            masks = first.labels is not None or first.mask is not None
+            self.state.critics = open_critics(recipe.critics, recipe.criteria, self.device, masks)
         self.pairs = held_out_pairs(self.pool, recipe.pool.held_out, recipe.loop.evaluation_pairs)
         self.stop = self.asked_to_stop = False
         self._optimizer_state: dict[str, Any] | None = None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffusionact.errors import SettingsError
 from diffusionact.training import weights
 from diffusionact.training.config import Recipe
+from diffusionact.training.critics import Critics
 from diffusionact.training.losses import Heads, HeadTargets
 from diffusionact.training.models import PRESETS, ReenactmentEncoder, SemanticEncoder, UNet
 from diffusionact.training.models.config import NetworkConfig
@@ -42,7 +43,8 @@ class Progress:
 
 class State:
     """`live` are the networks that the optimiser moves, `ema` their moving averages, without
-    dropout; `invert` the U-Net that inverts, where it is not the one that renders;
+    dropout; `invert` the U-Net that inverts, where it is not the one that renders; `critics` the
+    frozen networks of the losses, where a stage asks them;
     `earlier_recipes` the digests, oldest first, of the recipes that the run began under."""
 
     def __init__(self, recipe: Recipe, targets: HeadTargets, device: torch.device) -> None:
@@ -61,6 +63,7 @@ class State:
         self.live = live.to(device)
         self.ema = copy.deepcopy(self.live).requires_grad_(False).eval()
         self.invert: nn.Module | None = None
+        self.critics: Critics | None = None
         self.progress = Progress()
         self.earlier_recipes: list[str] = []
         self.optimizer: torch.optim.Optimizer | None = None

@@ -20,6 +20,7 @@ from diffusionact.training.state import State
 
 PAIRS = True
 NOISE = "ring"
+CRITICS = False
 
 
 class Method(Protocol):

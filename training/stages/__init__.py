@@ -5,6 +5,7 @@ A stage module has
     PAIRS: bool      its batches hold a source and a drawing beside the target
     NOISE: str       what it adds to Gaussian noise: "ring", inversions of sources by the networks
                      as they are now; "sources", each source's own x_T alone; "", nothing
+    CRITICS: bool    its loss asks the run's critics
     trained(stage) -> list[str]                               the networks that move
     loss(state, sample, recipe, stage) -> (loss, its parts)
     pictures(state, pairs, device, recipe) -> rows            of its sample sheet, if any
@@ -34,6 +35,7 @@ class Stage(Protocol):
 
     PAIRS: bool
     NOISE: str
+    CRITICS: bool
 
     def trained(self, stage: StageRecipe) -> list[str]:
         """The names of the networks that the stage moves."""

@@ -15,6 +15,7 @@ from diffusionact.training.state import State
 
 PAIRS = False
 NOISE = "ring"
+CRITICS = False
 
 
 def trained(stage: StageRecipe) -> list[str]:

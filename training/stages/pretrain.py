@@ -19,6 +19,7 @@ from diffusionact.training.state import State
 
 PAIRS = True
 NOISE = ""
+CRITICS = False
 
 
 def trained(stage: StageRecipe) -> list[str]:

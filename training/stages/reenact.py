@@ -16,6 +16,7 @@ from diffusionact.training.state import State
 
 PAIRS = True
 NOISE = "ring"
+CRITICS = False
 
 
 def trained(stage: StageRecipe) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,7 +20,8 @@ from diffusionact.training.share import WHOLE, Share
 class Sample:
     """A batch as tensors on the device: pictures float32 [B,3,S,S] in [-1,1], weight [B,1,S,S],
     values float32 [B,K] for the heads, keypoints float32 [B,70,2] px, true_keypoints bool [B] where
-    the U-Net sees those instead of what z places, noise eps [B,3,S,S], timesteps t int64 [B]."""
+    the U-Net sees those instead of what z places, noise eps [B,3,S,S], timesteps t int64 [B];
+    labels uint8 [B,S,S], 0 on the target's background; source_points float32 [B,68,2] px."""
 
     target: Tensor
     source: Tensor | None
@@ -30,6 +32,8 @@ class Sample:
     true_keypoints: Tensor
     eps: Tensor
     t: Tensor
+    labels: Tensor | None = None
+    source_points: Tensor | None = None
 
 
 def to_sample(
@@ -59,6 +63,8 @@ def to_sample(
         true_keypoints=(torch.rand(whole, generator=generator, device=device) < true_share)[rows],
         eps=eps,
         t=draw_timesteps(whole, stage.timestep_power, generator)[rows],
+        labels=_labels(batch, device),
+        source_points=_points(batch.source_points, device),
     )
 
 
@@ -74,3 +80,14 @@ def _weight(batch: Batch, gaze: torch.Tensor, recipe: Recipe) -> Tensor:
         count, height, width, _ = batch.target.shape
         return torch.ones(count, 1, height, width, device=gaze.device)
     return pixel_weights(torch.from_numpy(batch.labels).to(gaze.device), gaze, recipe.loss)
+
+
+def _labels(batch: Batch, device: torch.device) -> Tensor | None:
+    """What the target shows where, 0 its background; None where the data set does not say."""
+    if batch.labels is not None:
+        return torch.from_numpy(batch.labels).to(device)
+    return None if batch.mask is None else torch.from_numpy(batch.mask).to(device) // 128
+
+
+def _points(points: npt.NDArray[np.float32] | None, device: torch.device) -> Tensor | None:
+    return None if points is None else torch.from_numpy(points[..., :2].copy()).to(device)

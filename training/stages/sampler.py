@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffusionact.training.config import Recipe, StageRecipe
+from diffusionact.training.criteria import Goal, criteria, total
 from diffusionact.training.diffusion import invert, render, to_batch, to_pixels
 from diffusionact.training.sheets import Pairs
 from diffusionact.training.stages.sample import Sample
@@ -21,6 +22,7 @@ from diffusionact.training.state import State
 
 PAIRS = True
 NOISE = "sources"
+CRITICS = True
 SHEET_STEPS = (20, 8)
 
 
@@ -44,8 +46,24 @@ def loss(
         stage.train_steps,
         recompute=stage.recompute,
     )
-    pixel = (x_0 - sample.target).abs().mean()
-    return recipe.criteria.pixel * pixel, {"pixel": pixel}
+    goal = Goal(
+        sample.target,
+        sample.source,
+        labels=sample.labels,
+        points=sample.keypoints[:, :68],
+        source_points=sample.source_points,
+    )
+    assert state.critics is not None
+    parts = criteria(x_0, goal, state.critics, recipe.criteria)
+    return total(parts, recipe.criteria), parts | _halves(x_0, sample, stage)
+
+
+def _halves(x_0: Tensor, sample: Sample, stage: StageRecipe) -> dict[str, Tensor]:
+    """The mean distance of a pixel in either half of the batch, to be told in the curves."""
+    if stage.pairing != "halves":
+        return {}
+    apart = (x_0.detach() - sample.target).abs()
+    return {"reenacted": apart[0::2].mean(), "reconstructed": apart[1::2].mean()}
 
 
 def _decoder(state: State, stage: StageRecipe) -> nn.Module:
