@@ -7,10 +7,13 @@ import tempfile
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
-    """Return nothing; the file has this content (text as UTF-8), or what it had before."""
+def write_whole(path: Path, *content: bytes | memoryview | str) -> None:
+    """Return nothing; the file has this content, piece after piece (text as UTF-8), or what it had
+    before."""
     part = path.with_name(f".part-{path.name}")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    with open(part, "wb") as file:
+        for piece in content:
+            file.write(piece.encode() if isinstance(piece, str) else piece)
     os.replace(part, path)
 
 

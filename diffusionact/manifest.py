@@ -74,6 +74,11 @@ class Sampling:
     choices: tuple[int, ...] = ()
     timesteps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """`steps` and `choices`, ascending."""
+        return tuple(sorted({self.steps, *self.choices}))
+
     def at(
         self, steps: int | Sequence[int] | None = None, total: int = schedule.TOTAL_STEPS
     ) -> Int64Array:
@@ -126,11 +131,34 @@ class Manifest:
     licence: str
     weights_sha256: str
     components: Mapping[str, ComponentSpec]
-    student_of: str | None = None
+    student_of: str | None = None  # sha256 of the teacher's weights
     format: int = FORMAT
+    # the sizes that the weights file states, with which weights come back out of the bundle
+    network: Mapping[str, bool | int | float | str | tuple[int, ...]] = field(default_factory=dict)
     # of the published tracker; a bundle has them when the helper networks were imported
     tracker: Mapping[str, ComponentSpec] = field(default_factory=dict)
     assets: Mapping[str, AssetSpec] = field(default_factory=dict)
+
+    def render_at(self, steps: int | Sequence[int] | None = None) -> Int64Array:
+        """Return the timesteps of a render, as `Sampling.at`.
+
+        Raises: SettingsError as there, and for a count that a student was not made for.
+        """
+        return self._at("renders", self.render, steps)
+
+    def invert_at(self, steps: int | Sequence[int] | None = None) -> Int64Array:
+        """Return the timesteps of an inversion, and raise, as `render_at`."""
+        return self._at("inverts", self.invert, steps)
+
+    def _at(self, does: str, sampling: Sampling, steps: int | Sequence[int] | None) -> Int64Array:
+        if self.student_of and isinstance(steps, int) and steps not in sampling.counts:
+            raise SettingsError(
+                f"steps={steps}: this model is a student, which {does} in "
+                f"{', '.join(map(str, sampling.counts))} steps alone. Take one of these; for other "
+                f"counts its teacher, the weights of sha256 {self.student_of[:12]}: diffusionact "
+                "export TEACHER.safetensors -o teacher.bundle, then --bundle teacher.bundle"
+            )
+        return sampling.at(steps, self.schedule.total)
 
 
 def component_tensors(
@@ -244,6 +272,26 @@ def check(manifest: Manifest) -> None:
     _check_tracker(manifest)
     for field_name, sampling in (("render", manifest.render), ("invert", manifest.invert)):
         _check_sampling(field_name, sampling, manifest.schedule.total)
+    if manifest.student_of is not None:
+        fault = student_fault(manifest.student_of, manifest.render, manifest.invert)
+        if not fault and manifest.student_of == manifest.weights_sha256:
+            fault = "student_of: these are the teacher's own weights"
+        if fault:
+            raise BundleError(f"{fault}. {_MEND}")
+
+
+def student_fault(of: str, render: Sampling, invert: Sampling) -> str:
+    """Return what is wrong with a student, "" if nothing is: it names its teacher by a SHA-256, and
+    lists the timesteps of every count, for it knows no others."""
+    if len(of) != 64 or set(of) - set("0123456789abcdef"):
+        return (
+            f"student_of {of!r}: wanted the SHA-256 of the teacher's weights, 64 digits of 0-9a-f"
+        )
+    for name, sampling in (("render", render), ("invert", invert)):
+        listed = {n: len(sampling.timesteps.get(str(n), ())) for n in sampling.counts}
+        if wrong := [n for n, length in listed.items() if n != length]:
+            return f"{name}.timesteps: a student lists those of all its counts, not so of {wrong}"
+    return ""
 
 
 def file_sha256(path: Path) -> str:

@@ -132,7 +132,8 @@ def _content(path: Path, card: Card | None) -> _Content:
     """What a weights file, or a folder of an import, has for a bundle."""
     if not path.is_dir():
         weights = weights_file.load(path)
-        return _Content(weights, manifest_file.file_sha256(path), card or FACE128_CARD, {})
+        card = _of_student(card or FACE128_CARD, weights.student)
+        return _Content(weights, manifest_file.file_sha256(path), card, {})
     record = weights_folder.checked_record(path)
     weights = weights_file.load(path / weights_folder.MODEL_FILE)
     if card is None:
@@ -148,6 +149,13 @@ def _content(path: Path, card: Card | None) -> _Content:
     return _Content(weights, digest, card, tracker, flame if flame.is_file() else None)
 
 
+def _of_student(card: Card, student: weights_file.Student | None) -> Card:
+    """The card with a student's own counts of steps."""
+    if student is None:
+        return card
+    return replace(card, render=student.render, invert=student.invert, student_of=student.of)
+
+
 def _bare_manifest(
     weights: weights_file.Weights, unet: UNet, weights_sha256: str, card: Card
 ) -> Manifest:
@@ -161,7 +169,7 @@ def _bare_manifest(
         prediction=weights.config.prediction,
         schedule=Schedule(),
         render=card.render,
-        invert=_with_timesteps(card.invert, weights.config.prediction),
+        invert=_with_timesteps(card, weights.config.prediction),
         crop=card.crop,
         drawing=card.drawing,
         landmark_layout="ibug68+gaze2",
@@ -170,14 +178,21 @@ def _bare_manifest(
         weights_sha256=weights_sha256,
         components={},
         student_of=card.student_of,
+        network=_sizes(weights),
     )
 
 
-def _with_timesteps(invert: Sampling, kind: schedule.Prediction) -> Sampling:
-    """`invert` with the timesteps of its counts where they are not those of a constant stride."""
-    if kind != "x0":
+def _sizes(weights: weights_file.Weights) -> dict[str, Any]:
+    values = weights.config.to_dict().items()
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values}
+
+
+def _with_timesteps(card: Card, kind: schedule.Prediction) -> Sampling:
+    """How to invert, with the timesteps of all counts that do not take a constant stride."""
+    invert = card.invert
+    if kind != "x0" or card.student_of:  # a student says its own
         return invert
-    counts = {invert.steps, *invert.choices, parity.INVERT_STEPS}
+    counts = {*invert.counts, parity.INVERT_STEPS}
     made = {str(n): tuple(schedule.inversion_timesteps(kind, n).tolist()) for n in sorted(counts)}
     return replace(invert, timesteps={**made, **invert.timesteps})
 

@@ -63,12 +63,20 @@ def measure(
     x_T = rng.standard_normal((1, 3, side, side)).astype(np.float32)
     z = rng.standard_normal((1, manifest.z_size)).astype(np.float32)
     due, seen = (render(run, manifest, x_T, z) for run in runners)
-    rows.append(_row(f"render, T={RENDER_STEPS}", due, seen, FRAME_MAX, FRAME_MEAN))
+    rendered, inverted = counts(manifest)
+    rows.append(_row(f"render, T={rendered}", due, seen, FRAME_MAX, FRAME_MEAN))
     due, seen = (reenact(run, manifest, *pictures(side)) for run in runners)
-    what = f"inversion, T={INVERT_STEPS}, and render, T={RENDER_STEPS}"
+    what = f"inversion, T={inverted}, and render, T={rendered}"
     rows.append(_row(what, due, seen, REENACTED_MAX, FRAME_MEAN))
     rows += [_component_row(name, manifest, runners, rng) for name in manifest.tracker]
     return tuple(rows)
+
+
+def counts(manifest: Manifest) -> tuple[int, int]:
+    """The steps of the render and of the inversion that are compared: a student has its own."""
+    if manifest.student_of:
+        return manifest.render.steps, manifest.invert.steps
+    return RENDER_STEPS, INVERT_STEPS
 
 
 def table(rows: tuple[Row, ...]) -> str:
@@ -125,8 +133,8 @@ def sample(run: Runner, direction: schedule.Run, suffix: str, x: Array, z: Array
 
 
 def render(run: Runner, manifest: Manifest, x_T: Array, z: Array) -> Array:
-    """The picture [1,3,S,S] of x_T and z in RENDER_STEPS steps."""
-    steps = manifest.render.at(RENDER_STEPS, manifest.schedule.total)
+    """The picture [1,3,S,S] of x_T and z."""
+    steps = manifest.render_at(counts(manifest)[0])
     direction = schedule.render_run(manifest.prediction, steps, _alpha_bars(manifest))
     return sample(run, direction, "", x_T, z)
 
@@ -135,7 +143,7 @@ def reenact(
     run: Runner, manifest: Manifest, image: Array, of_source: Array, of_target: Array
 ) -> Array:
     """The frame [1,3,S,S]: the image is inverted under one drawing and rendered under another."""
-    steps = manifest.invert.at(INVERT_STEPS, manifest.schedule.total)
+    steps = manifest.invert_at(counts(manifest)[1])
     direction = schedule.inversion_run(manifest.prediction, steps, _alpha_bars(manifest))
     suffix = "_invert" if "unet_step_invert" in manifest.components else ""
     x_T = sample(run, direction, suffix, image, run("encoder", image, of_source)[0])

@@ -19,6 +19,7 @@ from diffusionact.manifest import TensorSpec
 
 OPSET = 21
 EXAMPLE_ROWS = 3  # what N is while the graph is traced; any number but 1, which would be fixed
+HALVED = ".float16"  # ends the name of an initialiser that is stored so
 SHAPE_OPERATORS = ("Shape", "Size", "NonZero", "Range", "ConstantOfShape")
 
 
@@ -110,11 +111,9 @@ def store_as_float16(model: onnx.ModelProto) -> None:
         if not np.array_equal(half.astype(np.float32), values):
             continue
         name = initializer.name
-        initializer.CopyFrom(numpy_helper.from_array(half, f"{name}.float16"))
+        initializer.CopyFrom(numpy_helper.from_array(half, name + HALVED))
         casts.append(
-            helper.make_node(
-                "Cast", [f"{name}.float16"], [name], f"{name}.cast", to=TensorProto.FLOAT
-            )
+            helper.make_node("Cast", [name + HALVED], [name], f"{name}.cast", to=TensorProto.FLOAT)
         )
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]

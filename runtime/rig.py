@@ -174,7 +174,7 @@ class Rig:
         """How long a portrait takes, measured where the inversion's steps promise few seconds."""
         rendered = self.round(1).times["render"][0] / 1e3
         plan = self._act.manifest
-        inverts = len(plan.invert.at(None, plan.schedule.total))
+        inverts = len(plan.invert_at())
         expected_s = rendered / max(len(self._ran()["timesteps"]), 1) * inverts
         if expected_s > PREPARE_S:
             return {"prepare_ms": expected_s * 1e3, "prepare_measured": False}
@@ -205,7 +205,7 @@ class Rig:
         """What the variant came to on this machine."""
         plan, variant, chosen = self._act.manifest, self._variant, self._act.settings
         device, known = of_backend(chosen.backend, self._task.device)
-        at = plan.render.at(variant.steps, plan.schedule.total)
+        at = plan.render_at(variant.steps)
         return {
             "backend": chosen.backend,
             "precision": known[0] if chosen.precision == "auto" else chosen.precision,

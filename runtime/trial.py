@@ -83,7 +83,9 @@ def measure(bundle_dir: Path, threads: int) -> list[Measured]:
     """Return all candidates, measured in this process, in turns."""
     manifest = read_manifest(bundle_dir, verify=False)
     large = is_large(bundle_dir, manifest)
-    steps = LARGE_STEPS if large else min(manifest.render.steps, STEPS)
+    steps = manifest.render.steps
+    if manifest.student_of is None:  # a student takes few, and no other count
+        steps = LARGE_STEPS if large else min(steps, STEPS)
     loops: dict[Candidate, AnyLoop] = {}
     errors: dict[Candidate, str] = {}
     for one in candidates(large):

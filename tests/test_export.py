@@ -17,11 +17,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from diffusionact import cli
 from diffusionact import manifest as manifest_file
 from diffusionact.condition import Drawing
 from diffusionact.errors import BundleError, SettingsError
-from diffusionact.export import bundle, parity, to_onnx, wrap
-from diffusionact.manifest import Crop, TensorSpec
+from diffusionact.export import bundle, parity, restore, to_onnx, wrap
+from diffusionact.manifest import Crop, Sampling, TensorSpec
 from diffusionact.schedule import inversion_timesteps
 from diffusionact.training import weights, weights_folder
 from diffusionact.training.faces import POSE_RANGE_DEG
@@ -56,11 +57,14 @@ def networks(own_inversion: bool = False) -> dict[str, nn.Module]:
     return parts
 
 
-def save_weights(folder: Path, own_inversion: bool = False) -> Path:
+PROVENANCE = {"recipe": "tiny", "stages": [1, 2]}
+
+
+def save_weights(
+    folder: Path, own_inversion: bool = False, student: weights.Student | None = None
+) -> Path:
     path = folder / "tiny.safetensors"
-    weights.save(
-        path, TINY, networks(own_inversion), provenance={"recipe": "tiny", "stages": [1, 2]}
-    )
+    weights.save(path, TINY, networks(own_inversion), provenance=PROVENANCE, student=student)
     return path
 
 
@@ -91,7 +95,8 @@ def test_a_network_that_predicts_x0_lists_its_inversion(exported: Path) -> None:
     assert TINY.prediction == "x0" and set(invert.timesteps) == {"10", "20", "50"}
     for count, listed in invert.timesteps.items():
         assert listed == tuple(inversion_timesteps("x0", int(count)))
-    assert bundle._with_timesteps(invert, "v") is invert
+    card = dataclasses.replace(bundle.FACE128_CARD, invert=invert)
+    assert bundle._with_timesteps(card, "v") is invert
 
 
 def test_the_card_says_the_poses_that_the_renderer_draws() -> None:
@@ -243,6 +248,20 @@ def test_inversion_with_weights_of_its_own(tmp_path: Path) -> None:
     assert set(manifest.components) == {*manifest_file.REQUIRED, *manifest_file.OWN_INVERSION}
 
 
+STUDENT = weights.Student(
+    "ab" * 32, Sampling(2, (1,), {"2": (500, 980), "1": (980,)}), Sampling(1, (), {"1": (600,)})
+)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_student_says_how_it_is_run(tmp_path: Path) -> None:
+    bundle.export_bundle(save_weights(tmp_path, student=STUDENT), tmp_path / "bundle")
+    manifest = manifest_file.read(tmp_path / "bundle")
+    assert manifest.student_of == STUDENT.of
+    assert (manifest.render, manifest.invert) == (STUDENT.render, STUDENT.invert)
+    assert parity.counts(manifest) == (2, 1), "the counts that exist"
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_bundle_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
     source, out = save_weights(tmp_path), tmp_path / "bundle"
@@ -371,3 +390,66 @@ def test_the_tracker_s_graphs_answer_as_its_networks(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "bundle" / "parity.json").read_text())["rows"]
     assert {row["what"] for row in rows} >= set(NETWORKS)
     assert all(row["max_error"] <= row["max_allowed"] for row in rows)
+
+
+# The way back
+
+
+def changed(exported: Path, folder: Path, **values: Any) -> Path:
+    """A copy of the bundle with other values in its manifest."""
+    folder.mkdir()
+    for file in exported.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    manifest = dataclasses.replace(manifest_file.read(exported), **values)
+    manifest_file.write(folder, manifest)
+    return folder
+
+
+def test_the_weights_come_back_out_of_the_bundle(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the last byte, so that a second export is of the same hash, too."""
+    source, back = exported.parent / "tiny.safetensors", tmp_path / "back.safetensors"
+    assert cli.main(["export", str(exported), "-o", str(back), "--json", "-q"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["same"] is True and told["parts"] == ["render", "reenactment"]
+    assert back.read_bytes() == source.read_bytes()
+    assert told["weights_sha256"] == manifest_file.read(exported).weights_sha256
+    assert weights.load(back).provenance == PROVENANCE
+
+
+def test_a_student_with_inversion_of_its_own_comes_back(exported: Path, tmp_path: Path) -> None:
+    components = manifest_file.read(exported).components
+    own = {name: components[name.removesuffix("_invert")] for name in manifest_file.OWN_INVERSION}
+    student = {"student_of": STUDENT.of, "render": STUDENT.render, "invert": STUDENT.invert}
+    folder = changed(exported, tmp_path / "b", components={**components, **own}, **student)
+    made = restore.restore_weights(folder, tmp_path / "back.safetensors")
+    assert not made.same and set(made.parts) == {"render", "invert", "reenactment"}
+    loaded = weights.load(made.path)
+    assert loaded.student == STUDENT and loaded.config == TINY
+    due = weights.load(exported.parent / "tiny.safetensors").parts["render"]
+    for part in ("render", "invert"):
+        assert due.keys() == loaded.parts[part].keys()
+        assert all(torch.equal(due[name], loaded.parts[part][name]) for name in due)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (None, "before manifests stated the network's sizes"),
+        ({"channels": 16}, r"weight has shape .*, wanted shape"),
+        ({"encoder_mult": (1, 2, 2)}, "is not there, wanted shape"),
+    ],
+)
+def test_a_bundle_of_other_networks_gives_no_weights(
+    exported: Path, tmp_path: Path, sizes: dict[str, Any] | None, message: str
+) -> None:
+    network = manifest_file.read(exported).network
+    folder = changed(
+        exported, tmp_path / "b", network={} if sizes is None else {**network, **sizes}
+    )
+    with pytest.raises(BundleError, match=message):
+        restore.restore_weights(folder, tmp_path / "back.safetensors")
+    with pytest.raises(SettingsError, match="a folder; give -o a file"):
+        restore.restore_weights(folder, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]

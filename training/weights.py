@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from diffusionact.decode import DecodeError, decode
 from diffusionact.errors import SettingsError
 from diffusionact.files import write_whole
+from diffusionact.manifest import Sampling, student_fault
 from diffusionact.training.models import NetworkConfig, ReenactmentEncoder, SemanticEncoder, UNet
 
 FORMAT = "1"
@@ -29,12 +31,35 @@ PARTS: Mapping[str, Callable[[NetworkConfig], nn.Module]] = {
 
 
 @dataclass(frozen=True)
+class Student:
+    """What a few-step student is made for, each count with its timesteps; none but these.
+
+    of: SHA-256 of the teacher's weights file.
+    """
+
+    of: str
+    render: Sampling
+    invert: Sampling
+
+    def __post_init__(self) -> None:
+        if fault := student_fault(self.of, self.render, self.invert):
+            raise SettingsError(fault)
+        for sampling in (self.render, self.invert):
+            for count in sampling.counts:
+                sampling.at(count)
+
+
+@dataclass(frozen=True)
 class Weights:
-    """The content of a weights file; tensors as stored, names without the part."""
+    """The content of a weights file; tensors as stored, names without the part.
+
+    student: how it is run, if it is a student.
+    """
 
     config: NetworkConfig
     parts: Mapping[str, Mapping[str, Tensor]]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    student: Student | None = None
 
     def network(self, part: str) -> nn.Module:
         """The network of a part in float32, in evaluation mode.
@@ -62,6 +87,7 @@ def save(
     parts: Mapping[str, nn.Module],
     *,
     provenance: Mapping[str, Any],
+    student: Student | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
     """Nothing; writes the networks of `parts` to `path`, whole or not at all.
@@ -74,7 +100,7 @@ def save(
         SettingsError: a part has an unknown name, or a value has no finite form in `dtype`.
     """
     tensors = {part: network.state_dict() for part, network in parts.items()}
-    save_tensors(path, config, tensors, provenance=provenance, dtype=dtype)
+    save_tensors(path, config, tensors, provenance=provenance, student=student, dtype=dtype)
 
 
 def save_tensors(
@@ -83,9 +109,10 @@ def save_tensors(
     parts: Mapping[str, Mapping[str, Tensor]],
     *,
     provenance: Mapping[str, Any],
+    student: Student | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """As `save`, of tensors instead of networks."""
+    """As `save`, of tensors instead of networks. The same content makes the same file."""
     if unknown := sorted(set(parts) - set(PARTS)):
         raise SettingsError(f"parts {unknown} are unknown; a weights file has {list(PARTS)}")
     tensors = {
@@ -101,7 +128,23 @@ def save_tensors(
         "config": json.dumps(config.to_dict()),
         "provenance": json.dumps(dict(provenance)),
     }
-    write_whole(Path(path), to_bytes(tensors, metadata))  # save_file's are for the owner alone
+    if student is not None:
+        metadata["student"] = json.dumps(asdict(student))
+    write_whole(Path(path), *_ordered(to_bytes(tensors, metadata)))  # save_file's: owner alone
+
+
+def _ordered(content: bytes) -> tuple[bytes, memoryview]:
+    """The header and the tensors of a safetensors file, its metadata in the order of the names:
+    the library's own order changes from process to process, and with it the file's hash.
+
+    Source: the safetensors format: length as 8 bytes, JSON, spaces up to a multiple of 8, tensors.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, memoryview(content)[end:]
 
 
 def load(path: Path | str) -> Weights:
@@ -133,4 +176,17 @@ def load(path: Path | str) -> Weights:
         part, name = full.split(".", 1)
         parts.setdefault(part, {})[name] = tensor
     config = NetworkConfig.from_dict(json.loads(metadata["config"]))
-    return Weights(config, parts, json.loads(metadata.get("provenance", "{}")))
+    provenance = json.loads(metadata.get("provenance", "{}"))
+    return Weights(config, parts, provenance, _student(path, metadata.get("student")))
+
+
+def _student(path: Path | str, text: str | None) -> Student | None:
+    if text is None:
+        return None
+    try:
+        return decode(Student, json.loads(text))
+    except (DecodeError, SettingsError, ValueError) as error:
+        raise SettingsError(
+            f"{path}: its student's metadata is damaged ({error}); write the file again with "
+            "diffusionact train"
+        ) from error

@@ -163,7 +163,8 @@ class Models:
         if setup.invert_steps is None:
             return Reenactor.load(setup.bundle, device=self._device, settings=settings)
         manifest = manifest_file.read(setup.bundle)
-        manifest = replace(manifest, invert=manifest_file.Sampling(setup.invert_steps))
+        manifest.invert_at(setup.invert_steps)  # a student has no other counts than its own
+        manifest = replace(manifest, invert=replace(manifest.invert, steps=setup.invert_steps))
         chosen = choose(
             setup.bundle, manifest, backend=setup.backend, precision=setup.precision,
             device=self._device, threads=self._threads,
