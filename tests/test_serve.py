@@ -71,6 +71,29 @@ def test_a_session_follows_its_driver_and_echoes_what_it_was_sent(act: Reenactor
     visit(act, use)
 
 
+def test_a_picture_says_how_many_steps_it_took(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        async with browser.page() as page:
+            await page.begin()
+            (picture,) = await drive(page, range(1, 2))
+        assert picture.moments.steps == act.steps == 4
+
+    visit(act, use)
+
+
+def test_a_studio_without_the_label_leaves_pictures_as_they_are(act: Reenactor) -> None:
+    grey = np.full((96, 128, 3), 90, np.uint8)
+
+    async def stray(label: bool) -> int:
+        """How far its JPEG is from the picture."""
+        studio = Studio(act, label=label)
+        shown = decode(await studio.jpeg(grey.copy()), 1280)
+        await studio.close()
+        return int(np.abs(shown.astype(int) - grey).max())
+
+    assert asyncio.run(stray(label=False)) <= 1 and asyncio.run(stray(label=True)) > 100
+
+
 def test_sessions_are_not_seen_by_each_other(act: Reenactor) -> None:
     names, frames = ("ada", "bruno", "chidi"), range(1, 46)
 

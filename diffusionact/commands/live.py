@@ -12,7 +12,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from diffusionact.commands.exits import DONE, INTERRUPTED, TERMINATED
-from diffusionact.commands.model import goal_of, goal_options, load_reenactor, positive
+from diffusionact.commands.model import (
+    goal_of,
+    goal_options,
+    load_reenactor,
+    positive,
+    warn_of_missing_label,
+)
 from diffusionact.commands.output import say
 from diffusionact.errors import SettingsError
 
@@ -81,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_sinks(specs, [arguments.camera, *arguments.source])
     sinks = SeveralSinks([open_sink(spec) for spec in specs])
     if arguments.no_label:
-        _warn_of_missing_label()
+        warn_of_missing_label()
     settings = LiveSettings(
         not arguments.no_label, not arguments.no_overlay, goal, arguments.seconds
     )
@@ -133,15 +139,6 @@ def _ended_by_signals() -> Iterator[_Ended]:
         yield ended
     finally:
         restore()
-
-
-def _warn_of_missing_label() -> None:
-    import logging
-
-    logging.getLogger("diffusionact").warning(
-        "--no-label: nothing on the picture says that it was generated; whoever shows it to "
-        "others has to say so"
-    )
 
 
 def _values(report: LiveReport) -> dict[str, Any]:

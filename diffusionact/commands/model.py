@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusionact.assets import bundle_path
@@ -89,8 +90,9 @@ def steps(text: str) -> int | tuple[int, ...]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def goal_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the step control."""
+def goal_options(parser: argparse.ArgumentParser, rate: float | None = None) -> None:
+    """Add the options of the step control. rate: that is kept to unless something else is asked
+    for, by `goal_or_rate`."""
     add = parser.add_argument
     add(
         "--latency",
@@ -98,7 +100,10 @@ def goal_options(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="keep to this latency, such as 100ms, by the number of steps",
     )
-    add("--fps", type=float, metavar="N", help="keep to this rate by the number of steps")
+    usual = "" if rate is None else (
+        f" (default: {rate:g}, with the bundle's steps at most; 0, or --steps: always as many)"
+    )  # fmt: skip
+    add("--fps", type=float, metavar="N", help="keep to this rate by the number of steps" + usual)
 
 
 def goal_of(arguments: argparse.Namespace) -> Goal | None:
@@ -110,6 +115,34 @@ def goal_of(arguments: argparse.Namespace) -> Goal | None:
         return None
     arguments.step_choices = None
     return Goal(arguments.latency, arguments.fps)
+
+
+def goal_or_rate(arguments: argparse.Namespace, rate: float) -> Goal | None:
+    """Return the goal that was asked for; else, of a `rate`, for which the bundle's own number of
+    steps and all below it are prepared: as good as it is meant to be where the machine is fast
+    enough, and moving where it is not. None where `--steps` or `--fps 0` pins the steps, or the
+    bundle lists no fewer. Raises: SettingsError, BundleError."""
+    from diffusionact import manifest
+    from diffusionact.runtime.control import Goal
+
+    pinned = arguments.fps == 0.0 or arguments.steps is not None
+    arguments.fps = arguments.fps or None
+    goal = goal_of(arguments)
+    if goal is not None or pinned:
+        return goal
+    render = manifest.read(Path(arguments.bundle)).render
+    arguments.step_choices = tuple(count for count in render.counts if count < render.steps)
+    return Goal(fps=rate) if arguments.step_choices else None
+
+
+def warn_of_missing_label() -> None:
+    """Log what `--no-label` lays upon its user."""
+    import logging
+
+    logging.getLogger("diffusionact").warning(
+        "--no-label: nothing on the picture says that it was generated; whoever shows it to "
+        "others has to say so"
+    )
 
 
 def positive(text: str) -> float:

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from diffusionact.commands.exits import DONE, INTERRUPTED, TERMINATED
 from diffusionact.commands.extras import extra
-from diffusionact.commands.model import goal_of, goal_options, load_reenactor, positive
+from diffusionact.commands.model import (
+    goal_options,
+    goal_or_rate,
+    load_reenactor,
+    positive,
+    warn_of_missing_label,
+)
 from diffusionact.commands.output import say
 
 if TYPE_CHECKING:
@@ -23,6 +29,7 @@ if TYPE_CHECKING:
 
 HELP = "A page in the browser: a portrait that follows the camera."
 PORT = 8600
+RATE = 25.0  # faces a second of every visitor: a usual camera's, and what looks smooth
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +64,8 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds without a face until a session is closed (default: 120)",
     )
-    goal_options(parser)
+    goal_options(parser, RATE)
+    add("--no-label", action="store_true", help="without the mark AI-generated in the corner")
     parser.set_defaults(crop=False, absolute_pose=False, smoothing=1.0, compat=None)
     # The camera's face is measured, never coded: sessions do not share a published tracker.
     parser.set_defaults(tracker="mediapipe")
@@ -81,10 +89,13 @@ def run(arguments: argparse.Namespace) -> int:
         tls=(tls[0], tls[1]) if tls else None,
         limits=Limits(idle_s=arguments.idle),
     )
-    goal = goal_of(arguments)
+    if arguments.no_label:
+        warn_of_missing_label()
+    goal = goal_or_rate(arguments, RATE)
     with load_reenactor(arguments) as act:
         told = partial(_tell, arguments, site)
-        return asyncio.run(_until_ended(serve(Studio(act, goal=goal), site, told)))
+        studio = Studio(act, goal=goal, label=not arguments.no_label)
+        return asyncio.run(_until_ended(serve(studio, site, told)))
 
 
 def _port(text: str) -> int:

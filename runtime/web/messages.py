@@ -1,8 +1,9 @@
 """The bytes between page and server: what is read of a message, and how one is made.
 
 Little-endian. The page's frames and the server's pictures begin with the same sixteen bytes:
-kind u8, flags u8, zero u16, frame id u32, capture time u64 in microseconds of the page's clock.
-What is not exactly of this form is `Malformed`.
+kind u8, flags u8, zero u16, frame id u32, capture time u64 in microseconds of the page's clock;
+of a picture the u16 is the number of steps it took. What is not exactly of this form is
+`Malformed`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Packet:
 
 @dataclass(frozen=True)
 class Moments:
-    """When a frame came and its picture left (monotonic ns), and its stages (ns)."""
+    """When a frame came and its picture left (monotonic ns), its stages (ns), and the diffusion
+    steps of its rendering."""
 
     received_ns: int
     sent_ns: int
@@ -68,6 +70,7 @@ class Moments:
     wait_ns: int
     render_ns: int
     encode_ns: int
+    steps: int = 0
 
 
 def read_packet(message: bytes) -> Packet:
@@ -130,7 +133,7 @@ def picture_message(
     """Return the server's answer to a frame, whose id and capture time it carries."""
     flags = SEEN * seen | NEUTRAL * neutral
     stages = (moments.track_ns, moments.wait_ns, moments.render_ns, moments.encode_ns)
-    head = HEAD.pack(Kind.PICTURE, flags, 0, frame, captured_us)
+    head = HEAD.pack(Kind.PICTURE, flags, moments.steps, frame, captured_us)
     times = TIMES.pack(
         moments.received_ns // 1000,
         moments.sent_ns // 1000,
@@ -144,8 +147,8 @@ def read_picture(message: bytes) -> tuple[int, int, bool, bool, Moments, bytes]:
     for scripts and tests. Raises: Malformed."""
     if len(message) < HEAD.size + TIMES.size or message[0] != Kind.PICTURE:
         raise Malformed(f"{len(message)} bytes of kind {message[:1].hex()}; wanted a picture")
-    _, flags, _, frame, captured_us = HEAD.unpack_from(message)
-    moments = Moments(*(us * 1000 for us in TIMES.unpack_from(message, HEAD.size)))
+    _, flags, steps, frame, captured_us = HEAD.unpack_from(message)
+    moments = Moments(*(us * 1000 for us in TIMES.unpack_from(message, HEAD.size)), steps)
     jpeg = message[HEAD.size + TIMES.size :]
     return frame, captured_us, bool(flags & SEEN), bool(flags & NEUTRAL), moments, jpeg
 

@@ -65,14 +65,15 @@ class Studio:
         act: Reenactor,
         new_tracker: Callable[[], Tracker] = open_tracker,
         goal: Goal | None = None,
+        label: bool = True,
     ) -> None:
         """new_tracker: makes the tracker of one visitor's camera frames; goal: of the step
-        control, None leaves the steps alone.
+        control, None leaves the steps alone; label: the mark that says a picture was generated.
 
         Raises: SettingsError for a goal with one count of steps prepared.
         """
         self._act = act
-        self._goal = goal
+        self._goal, self._label = goal, label
         self._control = control_for(goal, act.prepared_steps, act.steps)
         self._steps = act.steps
         self._moving: dict[Session, int] = {}  # and when (monotonic ns) each was last rendered
@@ -194,7 +195,11 @@ class Studio:
 
     async def jpeg(self, image_bgr: UInt8Array) -> bytes:
         """Return the JPEG of a picture, which says in a corner that it was generated."""
-        return await _in(self._encoding, lambda: encode(labelled(image_bgr)))
+
+        def encoded() -> bytes:
+            return encode(labelled(image_bgr) if self._label else image_bgr)
+
+        return await _in(self._encoding, encoded)
 
     async def close(self) -> None:
         """Return when the threads have ended; what waits is not begun."""

@@ -237,6 +237,7 @@ class Visitor:
                 wait_ns=made.begun_ns - made.ready_ns,
                 render_ns=made.done_ns - made.begun_ns,
                 encode_ns=now_ns - made.done_ns,
+                steps=made.result.steps,
             )
             self._studio.observe(session, made, now_ns - received_ns)
             if session is self._session:

@@ -5,7 +5,7 @@ import { Chooser } from "./chooser.js";
 import { Connection } from "./connection.js";
 import { Meter } from "./meter.js";
 import { Recorder } from "./recorder.js";
-import { drawSent, showReport, showTracking } from "./readout.js";
+import { drawSent, showReport, showSteps, showTracking } from "./readout.js";
 import { portraitMessage } from "./wire.js";
 
 const SLOW_TRACKING = 10;  // faces a second, below which pictures are suggested
@@ -296,6 +296,7 @@ async function showPicture({ detail: picture }) {
   image.close();
   if (sent === undefined) return;  // the portrait at rest
   meter.shown(sent, picture, arrivedMs, performance.now());
+  showSteps(picture.steps);
   if (!picture.seen) say("No face seen. The portrait rests until you are back.", "busy");
   else if (picture.neutral) say("Look straight ahead for a second…", "busy");
   else say("Live", "good");

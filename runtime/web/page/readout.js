@@ -40,6 +40,12 @@ function fill({ row }, p50, p95) {
   row.children[2].textContent = p95.toFixed(1);
 }
 
+/** steps: diffusion steps of the last picture. The server takes fewer where it would be too slow. */
+export function showSteps(steps) {
+  const text = String(steps);
+  if ($("steps").textContent !== text) $("steps").textContent = text;
+}
+
 /** rate: faces a second that this browser tracks, or null. */
 export function showTracking(rate) {
   $("tracking").textContent = rate === null ? "–" : rate.toFixed(1);

@@ -53,6 +53,7 @@ export function readMessage(buffer) {
     kind: "picture",
     seen: Boolean(flags & SEEN),
     neutral: Boolean(flags & NEUTRAL),
+    steps: view.getUint16(2, true),
     frame: view.getUint32(4, true),
     capturedMs: Number(view.getBigUint64(8, true)) / 1000,
     receivedMs: Number(view.getBigUint64(at, true)) / 1000,
