@@ -10,6 +10,10 @@ WANTED := pyproject.toml constraints.txt CMakeLists.txt $(wildcard runtime/kerne
   runtime/web/CMakeLists.txt runtime/web/package-lock.json
 # The networks of the tests are tiny: a second thread would mostly wait for the first.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+# A file's tests share what is costly to make, so that a file stays together. Each process takes
+# about 2 GB. WORKERS=0 runs all in one.
+WORKERS := auto
+BESIDE := -n $(WORKERS) --maxprocesses 4 --dist loadfile
 
 .PHONY: help env dev demo test test-slow gpu-check gpu-bench links lint clean .FORCE
 help:
@@ -23,7 +27,8 @@ demo: env
 test: dev
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=$$?; \
-	$(PYTEST) -m "not slow and not gpu" || status=$$?; \
+	$(PYTEST) $(BESIDE) -m "not slow and not gpu and not alone" || status=$$?; \
+	$(PYTEST) -m "alone and not slow and not gpu" || status=$$?; \
 	exit $$status
 
 test-slow: dev
