@@ -50,6 +50,8 @@ LOG = logging.getLogger(__name__)
 FloatArray = NDArray[np.floating[Any]]
 T = TypeVar("T")
 
+MOVED = 5 / 128  # of the side, how far pictures are moved at most
+
 
 class Pace(Protocol):
     """What sets the length and the learning rate of a run."""
@@ -138,7 +140,7 @@ def augment(truth: Truth, rng: np.random.Generator) -> Truth:
     images = np.empty_like(truth.images)
     points, gaze = truth.points.copy(), truth.gaze.copy()
     for i, image in enumerate(truth.images):
-        scale, shift = rng.uniform(0.92, 1.08), rng.uniform(-5, 5, 2)
+        scale, shift = rng.uniform(0.92, 1.08), rng.uniform(-MOVED, MOVED, 2) * side
         middle = (side - 1) / 2
         offset = (1 - scale) * middle + shift
         matrix = np.array([[scale, 0, offset[0]], [0, scale, offset[1]]])
