@@ -14,7 +14,8 @@ import torch
 from diffusionact.errors import SettingsError
 from diffusionact.training.config import StudentRecipe, parse_recipe
 from diffusionact.training.diffusion import render
-from diffusionact.training.distill.sampler import rollout, step_count
+from diffusionact.training.distill.counts import step_count
+from diffusionact.training.distill.sampler import rollout
 from diffusionact.training.losses import texture_distance
 from diffusionact.training.models import FACE128, UNet
 

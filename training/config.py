@@ -91,7 +91,6 @@ class StudentRecipe:
     steps: int = 4  # what the runtime takes unless told otherwise
     render: dict[str, list[int]] = field(default_factory=dict)
     shares: list[float] = field(default_factory=list)
-    inverter: bool = False  # inversion has weights of its own
     # of methods consistency and progressive:
     substeps: int = 5  # of the teacher within one of the student's
     inversion: float = 1.0  # weight of what inversion learns
@@ -112,6 +111,7 @@ class StageRecipe:
     method: Method = "sampler"  # of a student; `distill` says what each is
     render: list[int] = field(default_factory=list)  # timesteps of a round of method progressive;
     invert: list[int] = field(default_factory=list)  # none: the student's own
+    inverter: bool = False  # of a student: inversion has weights of its own
     minutes: float | None = None
     batch: int = 64  # of one step of the optimiser, over all processes and turns
     accumulate: int = 1  # turns that a process takes for its part of a batch; saves memory

@@ -25,6 +25,7 @@ from diffusionact.training.critics import open_critics
 from diffusionact.training.data import Batch, PairSampler, Prefetcher
 from diffusionact.training.dataset import Dataset, training_people
 from diffusionact.training.diffusion import invert, to_batch
+from diffusionact.training.distill import described
 from diffusionact.training.gather import gathered
 from diffusionact.training.inversions import InversionCache
 from diffusionact.training.inverted_sources import inverted_sources
@@ -35,7 +36,7 @@ from diffusionact.training.objective import Objective
 from diffusionact.training.shards import open_dataset
 from diffusionact.training.share import Share
 from diffusionact.training.sheets import held_out_pairs, scores, write_sheet
-from diffusionact.training.stages import STAGES, trained
+from diffusionact.training.stages import STAGES, begin_stage, trained
 from diffusionact.training.stages.sample import Sample, part_of, to_sample
 from diffusionact.training.state import State
 from diffusionact.training.world import World, alone, join_world
@@ -161,6 +162,7 @@ class Trainer:
         fresh = self.state.progress.step == 0 and not self.state.has_reenactment
         if fresh and stage.kind != "autoencoder" and all(s.kind == "autoencoder" for s in earlier):
             self.state.start_reenactment(stage.drawing_gain)
+        begin_stage(self.state, self.recipe, stage)
         self.state.optimizer = _optimizer(self.state, stage, self.device)
         if self._optimizer_state is not None:
             self.state.optimizer.load_state_dict(self._optimizer_state)
@@ -277,7 +279,8 @@ class Trainer:
             else:
                 drawing = to_batch(pool.draw(identity[mine], frame[mine]), self.device)
                 z = ema["reenactment"](source, drawing).float()
-            x_T = invert(ema["unet"], self.state.config.prediction, source, z, recipe.steps)
+            unet = ema["inverter" if "inverter" in ema else "unet"]
+            x_T = invert(unet, self.state.config.prediction, source, z, recipe.steps)
         self.cache.add(gathered(x_T.half()).cpu().numpy(), identity, frame)
 
     def sheet(self, stage: StageRecipe) -> dict[str, float]:
@@ -385,8 +388,11 @@ def finish(state: State, recipe: Recipe, path: Path) -> None:
              "reenactment": state.ema["reenactment"]}  # fmt: skip
     if state.invert is not None and STAGES[recipe.stages[-1].kind].NOISE == "sources":
         parts["invert"] = state.invert
+    if "inverter" in state.ema:
+        parts["invert"] = state.ema["inverter"]
+    student = described(recipe, state.config.prediction)
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights.save(path, state.config, parts, provenance=provenance, dtype=torch.float16)
+    weights.save(path, state.config, parts, provenance=provenance, student=student)
     log.info("wrote %s", path)
 
 

@@ -107,7 +107,7 @@ def student_pictures(
     source = to_batch(pairs.source, device)
     z_s = encode(source, to_batch(pairs.own, device)).float()
     z_r = encode(source, to_batch(pairs.condition, device)).float()
-    x_T = invert(unet, kind, source, z_s, recipe.inversions.steps)
+    x_T = invert(state.inverter, kind, source, z_s, recipe.inversions.steps)
     rows: dict[str, Tensor] = {}
     for name, z in (("reconstruction", z_s), ("reenactment", z_r)):
         for count, steps in recipe.student.render.items():

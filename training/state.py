@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from diffusionact.training.critics import Critics
 from diffusionact.training.losses import Heads, HeadTargets
 from diffusionact.training.models import PRESETS, ReenactmentEncoder, SemanticEncoder, UNet
 from diffusionact.training.models.config import NetworkConfig
+from diffusionact.training.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +45,9 @@ class Progress:
 
 class State:
     """`live` are the networks that the optimiser moves, `ema` their moving averages, without
-    dropout; `invert` the U-Net that inverts, where it is not the one that renders; `critics` the
-    frozen networks of the losses, where a stage asks them;
+    dropout; `invert` the U-Net that inverts, where it is not the one that renders; `teacher` whom a
+    student learns from, `before` the averages as a round of progressive distillation found them;
+    `critics` the frozen networks of the losses, where a stage asks them;
     `earlier_recipes` the digests, oldest first, of the recipes that the run began under."""
 
     def __init__(self, recipe: Recipe, targets: HeadTargets, device: torch.device) -> None:
@@ -57,12 +60,15 @@ class State:
             "encoder": SemanticEncoder(config),
             "reenactment": ReenactmentEncoder(config),
             "heads": Heads(config.embed, targets),
+            **({"inverter": UNet(config)} if any(s.inverter for s in recipe.stages) else {}),
         })  # fmt: skip
         self.config: NetworkConfig = config
         live.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in stubs
         self.live = live.to(device)
         self.ema = copy.deepcopy(self.live).requires_grad_(False).eval()
         self.invert: nn.Module | None = None
+        self.teacher: Teacher | None = None
+        self.before: nn.ModuleDict | None = None
         self.critics: Critics | None = None
         self.progress = Progress()
         self.earlier_recipes: list[str] = []
@@ -79,15 +85,19 @@ class State:
                 "remove `start` to begin from random weights"
             )
         names = {"render": "unet", "encoder": "encoder", "reenactment": "reenactment"}
+        if "inverter" in self.live:
+            self._take(start.network("invert" if "invert" in start.parts else "render"), "inverter")
         for part, name in names.items():
             if part == "reenactment" and part not in start.parts:
                 continue  # a Diffusion Autoencoder's: the semantic encoder is what it begins from
-            values = start.network(part).state_dict()
-            for networks in (self.live, self.ema):
-                networks[name].load_state_dict(values)
+            self._take(start.network(part), name)
         self.has_reenactment = "reenactment" in start.parts
         if "invert" in start.parts:
             self._invert_with(start.network("invert").state_dict())
+
+    def _take(self, network: nn.Module, name: str) -> None:
+        for networks in (self.live, self.ema):
+            networks[name].load_state_dict(network.state_dict())
 
     @property
     def heads(self) -> Heads:
@@ -102,7 +112,8 @@ class State:
     @property
     def inverter(self) -> nn.Module:
         """The U-Net that makes x_T of a source."""
-        return self.ema["unet"] if self.invert is None else self.invert
+        own = self.ema["inverter" if "inverter" in self.ema else "unet"]
+        return own if self.invert is None else self.invert
 
     def keep_inverter(self) -> None:
         """Lets the U-Net invert as it does now, whatever becomes of the one that renders.
@@ -111,6 +122,11 @@ class State:
         """
         if self.invert is None:
             self._invert_with(self.ema["unet"].state_dict())
+
+    def keep_before(self, names: Sequence[str]) -> None:
+        """Keeps these averages as they are now: the teacher of a round."""
+        kept = {name: copy.deepcopy(self.ema[name]) for name in names}
+        self.before = nn.ModuleDict(kept)
 
     def _invert_with(self, values: dict[str, Tensor]) -> None:
         self.invert = copy.deepcopy(self.ema["unet"])
@@ -155,6 +171,7 @@ class State:
             "live": self.live.state_dict(),
             "ema": self.ema.state_dict(),
             "invert": self.invert.state_dict() if self.invert else None,
+            "before": self.before.state_dict() if self.before else None,
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
         }
         part = path.with_name(f".part-{path.name}")
@@ -178,6 +195,9 @@ class State:
             self.ema.load_state_dict(content["ema"])
             if content.get("invert"):  # not in older checkpoints
                 self._invert_with(content["invert"])
+            if content.get("before"):
+                self.keep_before(sorted({name.split(".")[0] for name in content["before"]}))
+                cast(nn.ModuleDict, self.before).load_state_dict(content["before"])
         except RuntimeError as error:
             raise SettingsError(f"{path} holds another network than the recipe: {error}") from error
         self.progress = Progress(**content["progress"])

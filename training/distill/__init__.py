@@ -1,6 +1,6 @@
 """Few-step students: a teacher's networks taught to render, and to invert, in 4, 2 or 1 steps.
 
-A method is a module with `MOVES`, the networks that move, and `loss`, as of any stage.
+A method is a module with `moves`, the networks that move, and `loss`, as of any stage.
 """
 
 from __future__ import annotations
@@ -12,11 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusionact.manifest import Sampling
+from diffusionact.schedule import Prediction
 from diffusionact.training.config import Recipe, StageRecipe
-from diffusionact.training.distill import sampler
+from diffusionact.training.distill import consistency, progressive, sampler
+from diffusionact.training.distill.counts import inversion_steps
+from diffusionact.training.distill.progressive import round_of
+from diffusionact.training.distill.sides import moves
 from diffusionact.training.sheets import Pairs, student_pictures
 from diffusionact.training.stages.sample import Sample
 from diffusionact.training.state import State
+from diffusionact.training.teacher import open_teacher, teacher_sha256
+from diffusionact.training.weights import Student
 
 PAIRS = True
 NOISE = "ring"
@@ -26,7 +33,9 @@ CRITICS = False
 class Method(Protocol):
     """What a method's module offers."""
 
-    MOVES: tuple[str, ...]
+    def moves(self, stage: StageRecipe) -> list[str]:
+        """The networks that move; the semantic encoder stays the teacher's."""
+        ...
 
     def loss(
         self, state: State, sample: Sample, recipe: Recipe, stage: StageRecipe
@@ -35,12 +44,33 @@ class Method(Protocol):
         ...
 
 
-METHODS: dict[str, Method] = {"sampler": sampler}
+METHODS: dict[str, Method] = {
+    "sampler": sampler,
+    "consistency": consistency,
+    "progressive": progressive,
+}
 
 
 def trained(stage: StageRecipe) -> list[str]:
-    """The networks that move; the semantic encoder stays the teacher's."""
-    return [*METHODS[stage.method].MOVES]
+    """The networks that the stage's method moves."""
+    return METHODS[stage.method].moves(stage)
+
+
+def begin(state: State, recipe: Recipe, stage: StageRecipe) -> None:
+    """Makes the frozen networks ready that the stage learns from; at a resumption, too.
+
+    Raises: SettingsError if the teacher's file is not there or does not fit, or if the timesteps of
+    one round are no part of those of the round before.
+    """
+    student, device = recipe.student, next(state.live.parameters()).device
+    teacher_sha256(student.of)  # what the student's weights will name; not to be missed at the end
+    state.invert = None  # a student inverts by itself
+    if stage.method == "progressive":
+        round_of(recipe, state.progress.stage, state.config.prediction)
+        if state.progress.step == 0:
+            state.keep_before(moves(stage))
+    elif stage.method == "consistency" or student.teacher > 0:
+        state.teacher = open_teacher(student.of, state.config.image_size, device)
 
 
 def loss(
@@ -48,6 +78,23 @@ def loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the loss of the stage's method and its parts."""
     return METHODS[stage.method].loss(state, sample, recipe, stage)
+
+
+def described(recipe: Recipe, kind: Prediction) -> Student | None:
+    """Returns what the weights of a run say of its student; None where the last stage makes none.
+
+    Raises: SettingsError if the teacher's file is gone.
+    """
+    if recipe.stages[-1].kind != "student":
+        return None
+    student, back = recipe.student, tuple(inversion_steps(recipe, kind))
+    lists = {count: tuple(steps) for count, steps in student.render.items()}
+    counts = tuple(sorted(int(count) for count in lists))
+    return Student(
+        teacher_sha256(student.of),
+        render=Sampling(student.steps, counts, lists),
+        invert=Sampling(len(back), (len(back),), {str(len(back)): back}),
+    )
 
 
 def pictures(

@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 from diffusionact.schedule import ddim_step, render_run, x0_from_prediction
-from diffusionact.training.config import Recipe, StageRecipe, StudentRecipe
+from diffusionact.training.config import Recipe, StageRecipe
 from diffusionact.training.diffusion import TABLE
+from diffusionact.training.distill.counts import step_count
 from diffusionact.training.losses import texture_distance, weighted_square
 from diffusionact.training.stages.sample import Sample
 from diffusionact.training.stages.terms import readings
 from diffusionact.training.state import State
 
-MOVES = ("unet", "reenactment", "heads")
-GOLDEN_RATIO = 0.6180339887498949
+
+def moves(stage: StageRecipe) -> list[str]:
+    """The networks that move."""
+    return ["unet", "reenactment", "heads"]
 
 
 def loss(
@@ -62,14 +65,3 @@ def rollout(state: State, x_T: Tensor, z: Tensor, steps: list[int]) -> list[Tens
         estimates.append(x0_from_prediction(kind, x, prediction, level))
         x = ddim_step(kind, x, prediction.detach(), level, level_to)
     return estimates
-
-
-def step_count(student: StudentRecipe, step: int) -> str:
-    """Returns which of the student's step counts training step `step` practises: each in its share
-    of all steps, evenly spread, and the same in every process, because they wait for each other."""
-    place = step * GOLDEN_RATIO % 1.0 * sum(student.shares)
-    for count, share in zip(student.render, student.shares, strict=True):
-        place -= share
-        if place < 0:
-            return count
-    return next(reversed(student.render))

@@ -9,6 +9,7 @@ A stage module has
     trained(stage) -> list[str]                               the networks that move
     loss(state, sample, recipe, stage) -> (loss, its parts)
     pictures(state, pairs, device, recipe) -> rows            of its sample sheet, if any
+    begin(state, recipe, stage)                               what it makes ready, if anything
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from diffusionact.training.stages import autoencoder, pretrain, reenact, sampler
 from diffusionact.training.stages.sample import Sample, to_sample
 from diffusionact.training.state import State
 
-__all__ = ["STAGES", "Sample", "Stage", "stage_loss", "to_sample", "trained"]
+__all__ = ["STAGES", "Sample", "Stage", "begin_stage", "stage_loss", "to_sample", "trained"]
 
 
 class Stage(Protocol):
@@ -63,6 +64,13 @@ STAGES: dict[str, Stage] = {
     "sampler": sampler,
     "student": distill,
 }
+
+
+def begin_stage(state: State, recipe: Recipe, stage: StageRecipe) -> None:
+    """Lets the stage make ready what it needs, when it begins and when it is taken up again."""
+    begin = getattr(STAGES[stage.kind], "begin", None)
+    if begin is not None:
+        begin(state, recipe, stage)
 
 
 def trained(stage: StageRecipe) -> list[str]:
