@@ -118,6 +118,7 @@ class StageRecipe:
     lr: float = 1.5e-3
     matrix_lr: float = 0.0  # above 0: Muon steps this long for weight matrices, AdamW for the rest
     warmup_steps: int = 100
+    constant_lr: bool = False  # after warm-up, instead of falling to 0
     weight_decay: float = 1e-3
     clip: float = 1.0
     ema: float = 0.998

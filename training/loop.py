@@ -369,8 +369,11 @@ def fraction(stage: StageRecipe, state: State) -> float:
 
 
 def rate(stage: StageRecipe, state: State) -> float:
-    """Returns the factor on the learning rate: a linear warm-up, then half a cosine down to 0."""
+    """Returns the factor on the learning rate: a linear warm-up, then half a cosine down to 0, or
+    1 to the end."""
     warm = min(1.0, (state.progress.step + 1) / max(stage.warmup_steps, 1))
+    if stage.constant_lr:
+        return warm
     return warm * 0.5 * (1 + math.cos(math.pi * fraction(stage, state)))
 
 

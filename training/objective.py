@@ -14,9 +14,10 @@ class Objective(nn.Module):
     often a network is called within it; the averages stay outside."""
 
     def __init__(self, state: State, recipe: Recipe, stage: StageRecipe) -> None:
-        """Only the networks that the stage trains take a gradient from here on."""
+        """Only the networks that the stage trains take a gradient from here on; all train, but for
+        those that the stage asks without dropout."""
         super().__init__()
-        self.networks = state.live
+        self.networks = state.live.train()
         self._state, self._recipe, self._stage = state, recipe, stage
         moving = trained(stage)
         for name, network in state.live.items():

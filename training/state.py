@@ -21,6 +21,7 @@ from diffusionact.training.losses import Heads, HeadTargets
 from diffusionact.training.models import PRESETS, ReenactmentEncoder, SemanticEncoder, UNet
 from diffusionact.training.models.config import NetworkConfig
 from diffusionact.training.teacher import Teacher
+from diffusionact.training.weights_folder import MODEL_FILE
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,23 @@ class Progress:
 
     def next_stage(self) -> None:
         self.stage, self.step, self.images, self.seconds = self.stage + 1, 0, 0, 0.0
+
+
+def _start(name: str) -> weights.Weights:
+    """The weights to begin from: those of a run, or of a folder that `diffusionact import` wrote.
+
+    Raises:
+        SettingsError: there are none, or without the encoder that says what a picture's z is.
+    """
+    path = Path(name)
+    found = weights.load(path / MODEL_FILE if path.is_dir() else path)
+    if "encoder" not in found.parts:
+        raise SettingsError(
+            f"start = {name!r}: has no semantic encoder, only {', '.join(sorted(found.parts))}; it "
+            "is part of the Diffusion Autoencoder's file: diffusionact import "
+            "diffusionact_model.pt --diffae last.ckpt -o WEIGHTS"
+        )
+    return found
 
 
 class State:
@@ -75,7 +93,7 @@ class State:
         self.optimizer: torch.optim.Optimizer | None = None
         self.has_reenactment = False
         if recipe.start:
-            self._start_from(weights.load(recipe.start))
+            self._start_from(_start(recipe.start))
 
     def _start_from(self, start: weights.Weights) -> None:
         """Takes over the networks of finished weights; the heads begin anew."""

@@ -27,6 +27,13 @@ def trained(stage: StageRecipe) -> list[str]:
     return ["reenactment"]
 
 
+def begin(state: State, recipe: Recipe, stage: StageRecipe) -> None:
+    """Sets the reenactment encoder to the semantic one, whatever it was before; the paper's
+    `drawing_gain` is 0."""
+    if state.progress.step == 0:
+        state.start_reenactment(stage.drawing_gain)
+
+
 def loss(
     state: State, sample: Sample, recipe: Recipe, stage: StageRecipe
 ) -> tuple[Tensor, dict[str, Tensor]]:

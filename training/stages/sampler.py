@@ -31,6 +31,12 @@ def trained(stage: StageRecipe) -> list[str]:
     return ["reenactment", *(["unet"] if stage.unet_lr > 0 else [])]
 
 
+def begin(state: State, recipe: Recipe, stage: StageRecipe) -> None:
+    """Keeps the decoder as it is for inversion, before it moves: so each x_T stays what it was."""
+    if stage.unet_lr > 0:
+        state.keep_inverter()
+
+
 def loss(
     state: State, sample: Sample, recipe: Recipe, stage: StageRecipe
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -49,7 +55,7 @@ def loss(
     goal = Goal(
         sample.target,
         sample.source,
-        labels=sample.labels,
+        labels=None if recipe.critics.bisenet else sample.labels,
         points=sample.keypoints[:, :68],
         source_points=sample.source_points,
     )

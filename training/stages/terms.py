@@ -15,13 +15,17 @@ from diffusionact.training.state import State
 def readings(
     state: State, sample: Sample, recipe: Recipe, z: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the weighted error of what the heads and the U-Net's keypoints read from z, and its parts."""
-    heads = state.heads.loss(z, sample.values).mean()
-    if not state.config.keypoints:
-        return recipe.loss.heads * heads, {"heads": heads}
-    keypoints = keypoint_distance(state.unet.keypoints(z), sample.keypoints).mean()
-    loss = recipe.loss.heads * heads + recipe.loss.keypoints * keypoints
-    return loss, {"heads": heads, "keypoints": keypoints}
+    """Returns the weighted error of what the heads and the U-Net's keypoints read from z, and its
+    parts; what has no weight is not asked."""
+    weights, loss, parts = recipe.loss, z.new_zeros(()), dict[str, Tensor]()
+    if weights.heads > 0:
+        parts["heads"] = state.heads.loss(z, sample.values).mean()
+        loss = loss + weights.heads * parts["heads"]
+    if state.config.keypoints and weights.keypoints > 0:
+        placed = state.unet.keypoints(z)
+        parts["keypoints"] = keypoint_distance(placed, sample.keypoints).mean()
+        loss = loss + weights.keypoints * parts["keypoints"]
+    return loss, parts
 
 
 def denoising_error(state: State, sample: Sample, z: Tensor) -> Tensor:
