@@ -333,3 +333,36 @@ def test_a_data_set_that_is_not_there_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(MediaError, match="no such file"):
         footage(tmp_path / "none")
+
+
+@pytest.mark.torch
+def test_masks_of_a_network_take_the_hulls_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    from diffusionact.training import masks
+
+    class Halves:
+        """Left of the middle is background, for sure; right of it by 49 %."""
+
+        def background(self, x, labels):  # type: ignore[no-untyped-def]
+            assert x.shape == (1, 3, 64, 64) and -1 <= x.min() < 0 < x.max() <= 1
+            share = torch.full((1, 1, 64, 64), 0.49)
+            share[..., :32] = 1.0
+            return share
+
+    asked = {}
+
+    def opened(recipe, weights, device, masks):  # type: ignore[no-untyped-def]
+        asked.update(recipe=recipe, weights=weights, masks=masks)
+        return Halves()
+
+    monkeypatch.setattr(masks, "open_critics", opened)
+    reader, clips = people()
+    reader.mask = masks.open_parser(tmp_path / "bisenet.pth")  # type: ignore[method-assign]
+    assert asked["recipe"].bisenet.endswith("bisenet.pth") and not asked["masks"]
+    assert asked["weights"].background == 1 and asked["weights"].pixel == 0
+    prepare(clips, tmp_path / "out", request(), lambda: reader)
+    frames = Shards.open(tmp_path / "out").gather(np.zeros(1, int), np.zeros(1, int))
+    assert frames.mask is not None
+    assert (frames.mask[..., :32] == 0).all() and (frames.mask[..., 32:] == 255).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -179,3 +180,55 @@ def test_a_face_across_people_needs_no_depth(made: tuple[Shards, ScriptedReader]
     shards, _ = made
     face = shards._face(0, "drawn")
     assert isinstance(face, Landmarks) and np.isnan(face.points[:, 2]).all()
+
+
+RECIPE = """
+name = "tiny"
+network = "tiny"
+weights = "{weights}"
+[data]
+folder = "{folder}"
+held_out = 1
+[inversions]
+steps = 2
+capacity = 8
+fill = 2
+every = 1
+batch = 2
+[loop]
+log_every_steps = 1
+fused_norm = false
+bf16 = false
+evaluation_pairs = 2
+[[stages]]
+kind = "autoencoder"
+images = 8
+batch = 4
+cached_from = 0.4
+[[stages]]
+kind = "pretrain"
+images = 8
+batch = 4
+[[stages]]
+kind = "reenact"
+images = 8
+batch = 4
+"""
+
+
+@pytest.mark.torch
+def test_stages_train_on_prepared_faces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    from diffusionact.training import loop, state
+    from tests.test_training import TINY
+
+    monkeypatch.setattr(state, "PRESETS", {"tiny": TINY})
+    reader, clips = people()
+    prepare(clips, tmp_path / "data", request(size=32), lambda: reader)
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(RECIPE.format(folder=tmp_path / "data", weights=tmp_path / "w.safetensors"))
+    folder = loop.train(recipe, out=tmp_path / "run", device="cpu")
+    curves = [json.loads(line) for line in (folder / "curves.jsonl").read_text().splitlines()]
+    kinds = [row["stage"] for row in curves if "stage" in row]
+    assert kinds == ["autoencoder"] * 2 + ["pretrain"] * 2 + ["reenact"] * 2
+    assert len(list(folder.glob("sheet-*.png"))) >= 2 and (tmp_path / "w.safetensors").is_file()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,8 @@ def options(parser: argparse.ArgumentParser) -> None:
         "are dropped (default: half of --size)")  # fmt: skip
     add("--least-sharpness", type=float, default=LEAST_SHARPNESS, metavar="V",
         help=f"variance of the Laplacian, 0 for all (default: {LEAST_SHARPNESS:.0f})")  # fmt: skip
+    add("--bisenet", type=Path, metavar="FILE", help="79999_iter.pth: masks by this network "
+        "(default: the hull of the landmarks)")  # fmt: skip
     add("--clips-per-shard", type=int, default=CLIPS, metavar="N", help=f"(default: {CLIPS})")
     add("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
 
@@ -61,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     clips = footage(arguments.data, arguments.layout, arguments.split)
     request = _request(arguments)
     published = request.codes > 0 or arguments.tracker == "published"
-    open_reader = partial(ClipReader, arguments.bundle if published else None)
+    bundle = arguments.bundle if published else None
+    open_reader = partial(ClipReader, bundle, arguments.bisenet)
     with Progress("preparing", unit="clip", quiet=arguments.quiet) as progress:
         made = prepare(
             clips, arguments.output, request, open_reader,
@@ -100,7 +103,9 @@ def _request(arguments: argparse.Namespace) -> Request:
         scale=1.0 if manifest is None else manifest.crop.scale,
         drawing=dataclasses.asdict(drawing),
         tracker="published: S3FD, FAN, EMOCA, gaze" if codes else "MediaPipe 0.10.21 face mesh",
-        mask=HULL,
+        mask=HULL
+        if arguments.bisenet is None
+        else f"BiSeNet, {arguments.bisenet.name}: all that is not background",
         codes=codes,
     )
 
@@ -127,9 +132,9 @@ def _codes(manifest: Manifest, tracker: str) -> int:
 class ClipReader:
     """The runtime's reading of clips and faces, for `training.prepare`."""
 
-    def __init__(self, bundle: Path | None) -> None:
-        """bundle: with the published tracker, where it is that one. Raises: BackendMissing,
-        BundleError."""
+    def __init__(self, bundle: Path | None = None, bisenet: Path | None = None) -> None:
+        """bundle: with the published tracker, where it is that one; bisenet: weights of the network
+        that tells masks. Raises: BackendMissing, BundleError, SettingsError."""
         from diffusionact import manifest
         from diffusionact.runtime.tracker import open_tracker, open_tracker_of
 
@@ -138,6 +143,11 @@ class ClipReader:
             if bundle is None
             else open_tracker_of(bundle, manifest.read(bundle), "published")
         )
+        self._parse: Callable[[Any], Any] | None = None
+        if bisenet is not None:
+            from diffusionact.training.masks import open_parser
+
+            self._parse = open_parser(bisenet)
 
     def length(self, path: Path) -> int | None:
         """Return how many frames the clip promises."""
@@ -173,8 +183,8 @@ class ClipReader:
         return None
 
     def mask(self, crop: Any) -> Any:
-        """Return nothing better than the landmarks' hull."""
-        return None
+        """Return 255 on what is not background; None where no network tells it."""
+        return None if self._parse is None else self._parse(crop)
 
     def close(self) -> None:
         self._tracker.close()
