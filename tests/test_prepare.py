@@ -346,7 +346,7 @@ def test_masks_of_a_network_take_the_hulls_place(
         """Left of the middle is background, for sure; right of it by 49 %."""
 
         def background(self, x, labels):  # type: ignore[no-untyped-def]
-            assert x.shape == (1, 3, 64, 64) and -1 <= x.min() < 0 < x.max() <= 1
+            assert x.shape == (1, 3, 64, 64) and -1 <= x.min() < x.max() <= 1
             share = torch.full((1, 1, 64, 64), 0.49)
             share[..., :32] = 1.0
             return share
