@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from diffusionact.errors import SettingsError
-from diffusionact.training.config import StudentRecipe, parse_recipe
+from diffusionact.training.config import CriteriaRecipe, StudentRecipe, parse_recipe
+from diffusionact.training.critics import Critics
 from diffusionact.training.diffusion import render
 from diffusionact.training.distill.counts import step_count
-from diffusionact.training.distill.sampler import rollout
+from diffusionact.training.distill.sampler import last_terms, rollout
 from diffusionact.training.losses import texture_distance
 from diffusionact.training.models import FACE128, UNet
 
@@ -123,3 +124,34 @@ def test_a_student_recipe_is_read_and_a_wrong_one_is_refused() -> None:
         parse_recipe(
             RECIPE.split("[student]")[0].format() + '[[stages]]\nkind = "student"\nimages = 1'
         )
+
+
+def test_the_last_estimate_is_held_against_the_teachers_picture_and_the_losses(state: Any) -> None:
+    """Each with its own weight, and no gradient into the teacher."""
+    torch.manual_seed(1)
+    unet, code = UNet(TINY), torch.randn(2, 16)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    state.teacher = SimpleNamespace(unet=unet, prediction="x0", code=lambda source, drawing: code)
+    state.critics = Critics({})
+    last, target, eps = torch.randn(3, 2, 3, 16, 16)
+    weight = torch.rand(2, 1, 16, 16)
+    sample = cast(Any, SimpleNamespace(target=target, source=target, condition=target, eps=eps,
+                                       weight=weight, labels=None, source_points=None,
+                                       keypoints=torch.zeros(2, 70, 2)))  # fmt: skip
+    plain = parse_recipe(RECIPE.format(one="[980]", shares="[0.5, 0.5]"))
+    none = CriteriaRecipe(**dict.fromkeys(vars(CriteriaRecipe()), 0.0))
+    only_pixels = replace(plain, criteria=replace(none, pixel=20.0))
+    assert last_terms(state, sample, plain, last) == (torch.zeros(()), {})
+    asked = replace(only_pixels, student=replace(plain.student, teacher=0.5, criteria=2.0))
+    last.requires_grad_()
+    total, parts = last_terms(state, sample, asked, last)
+    with torch.no_grad():
+        taught = render(unet, "x0", eps, code, plain.student.teacher_steps)
+        squares = (weight * (last - taught) ** 2).mean()
+        pixels = (last.clamp(-1, 1) - target).abs().mean()
+    assert parts["teacher"].item() == pytest.approx(squares.item(), rel=1e-5)
+    assert total.item() == pytest.approx((0.5 * squares + 2.0 * 20.0 * pixels).item(), rel=1e-5)
+    total.backward()
+    assert last.grad is not None and bool(last.grad.any())
+    assert all(p.grad is None for p in unet.parameters())

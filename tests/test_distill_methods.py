@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from diffusionact.errors import SettingsError
 from diffusionact.schedule import Prediction, prediction_target
-from diffusionact.training.config import Recipe, parse_recipe
+from diffusionact.training.config import Recipe, load_recipe, parse_recipe
 from diffusionact.training.diffusion import TABLE, invert, render
 from diffusionact.training.distill import consistency, progressive
+from diffusionact.training.distill.counts import inversion_steps
 from diffusionact.training.distill.segments import (
     Denoiser,
     Segments,
@@ -33,6 +35,7 @@ from diffusionact.training.stages.sample import Sample, part_of
 
 pytestmark = pytest.mark.torch
 
+RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 KINDS: tuple[Prediction, ...] = ("x0", "v", "eps")
 TINY = replace(FACE128, image_size=16, channels=8, channel_mult=(1, 2), encoder_mult=(1, 2),
                attention_at=(4,), embed=16)  # fmt: skip
@@ -390,6 +393,19 @@ def test_a_round_divides_the_round_before_and_keeps_what_that_learnt() -> None:
         "render = [300, 980]\n", "render = [400, 980]\n"))  # fmt: skip
     with pytest.raises(SettingsError, match="no part of"):
         progressive.round_of(wrong, 1, "x0")
+
+
+@pytest.mark.parametrize("name", ["sampler", "consistency", "progressive"])
+def test_the_shipped_recipes_of_students_can_be_run(name: str) -> None:
+    described = load_recipe(RECIPES / f"student32_{name}.toml")
+    back = inversion_steps(described, "x0")
+    assert all(stage.method == name for stage in described.stages)
+    if name == "consistency":
+        assert consistency.shared(described.student.render["4"], back) == [(150, 300), (300, 550)]
+    if name == "progressive":
+        last = progressive.round_of(described, len(described.stages) - 1, "x0")
+        lists = {tuple(steps) for steps in described.student.render.values()}
+        assert {steps for steps, _ in last.render} == lists and last.invert[0] == tuple(back)
 
 
 def test_what_a_round_keeps_is_what_its_teacher_says() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffusionact.manifest import Sampling
 from diffusionact.schedule import Prediction
 from diffusionact.training.config import Recipe, StageRecipe
+from diffusionact.training.critics import open_critics
 from diffusionact.training.distill import consistency, progressive, sampler
 from diffusionact.training.distill.counts import inversion_steps
 from diffusionact.training.distill.progressive import round_of
@@ -71,6 +72,8 @@ def begin(state: State, recipe: Recipe, stage: StageRecipe) -> None:
             state.keep_before(moves(stage))
     elif stage.method == "consistency" or student.teacher > 0:
         state.teacher = open_teacher(student.of, state.config.image_size, device)
+    if stage.method == "sampler" and student.criteria > 0 and state.critics is None:
+        state.critics = open_critics(recipe.critics, recipe.criteria, device, masks=True)
 
 
 def loss(

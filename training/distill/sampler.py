@@ -1,10 +1,13 @@
 """Method "sampler": through the short sampler itself.
 
-From the noise that the student's own
-inversion left of the source, it walks the very steps of the runtime; each step's estimate of the
-picture is held against the true one, and the next step starts from where this one led. No step is
-ever asked about noise it will not see, and what the first one gets wrong the later ones learn to
-mend. The gradient stays within a step: `x_t` enters the next one as a given.
+From the noise that the student's own inversion left of the source, it walks the very steps of the
+runtime; each step's estimate of the picture is held against the true one, and the next step starts
+from where this one led. No step is ever asked about noise it will not see, and what the first one
+gets wrong the later ones learn to mend. The gradient stays within a step: `x_t` enters the next one
+as a given.
+
+The last estimate can also be held against the picture that the teacher renders from the same noise,
+and be judged by the eight losses of `criteria`.
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ from torch import Tensor
 
 from diffusionact.schedule import ddim_step, render_run, x0_from_prediction
 from diffusionact.training.config import Recipe, StageRecipe
-from diffusionact.training.diffusion import TABLE
+from diffusionact.training.criteria import Goal, criteria
+from diffusionact.training.criteria import total as weighted_sum
+from diffusionact.training.diffusion import TABLE, render
 from diffusionact.training.distill.counts import step_count
+from diffusionact.training.distill.segments import in_range
 from diffusionact.training.losses import texture_distance, weighted_square
 from diffusionact.training.stages.sample import Sample
 from diffusionact.training.stages.terms import readings
@@ -31,7 +37,7 @@ def loss(
     state: State, sample: Sample, recipe: Recipe, stage: StageRecipe
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the loss and its parts: the error of the picture that each step of one short run
-    estimates, the fine detail that the last one lacks, and what z fails to tell."""
+    estimates, what else is asked of the last one, and what z fails to tell."""
     assert sample.source is not None and sample.condition is not None
     z = state.live["reenactment"](sample.source, sample.condition).float()
     student = recipe.student
@@ -41,11 +47,44 @@ def loss(
     read, parts = readings(state, sample, recipe, z)
     parts = {"denoising": torch.stack(errors).mean(), "last": errors[-1], **parts}
     total = stage.diffusion * parts["denoising"] + read
+    asked, more = last_terms(state, sample, recipe, estimates[-1])
+    return total + asked, parts | more
+
+
+def last_terms(
+    state: State, sample: Sample, recipe: Recipe, last: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns what is asked of the last estimate [B,3,S,S] beside its error, weighted, and its
+    parts: fine detail, the teacher's picture, the eight losses; each where its weight is above 0."""
+    student, parts = recipe.student, dict[str, Tensor]()
+    total = last.new_zeros(())
     if recipe.loss.texture:
-        texture = texture_distance(estimates[-1], sample.target, sample.weight).mean()
-        parts["texture"] = texture
-        total = total + recipe.loss.texture * texture
+        parts["texture"] = texture_distance(last, sample.target, sample.weight).mean()
+        total = total + recipe.loss.texture * parts["texture"]
+    if student.teacher:
+        taught = teacher_picture(state, sample, student.teacher_steps)
+        parts["teacher"] = weighted_square(last, taught, sample.weight).mean()
+        total = total + student.teacher * parts["teacher"]
+    if student.criteria:
+        assert state.critics is not None and sample.source is not None
+        goal = Goal(
+            sample.target, sample.source,
+            labels=None if recipe.critics.bisenet else sample.labels,
+            points=sample.keypoints[:, :68], source_points=sample.source_points,
+        )  # fmt: skip
+        judged = criteria(in_range(last), goal, state.critics, recipe.criteria)
+        total = total + student.criteria * weighted_sum(judged, recipe.criteria)
+        parts |= judged
     return total, parts
+
+
+@torch.no_grad()
+def teacher_picture(state: State, sample: Sample, steps: int) -> Tensor:
+    """Returns the picture [B,3,S,S] that the teacher renders from the same noise in so many steps."""
+    assert state.teacher is not None
+    teacher = state.teacher
+    z = teacher.code(sample.source, sample.condition)
+    return render(teacher.unet, teacher.prediction, sample.eps, z, steps)
 
 
 def rollout(state: State, x_T: Tensor, z: Tensor, steps: list[int]) -> list[Tensor]:
