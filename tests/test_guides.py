@@ -241,7 +241,7 @@ def test_command_writes_a_measured_guide(
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         f'pool = "{folder}"\nweights = "{tmp_path}/guide.safetensors"\nheld_out = 2\nimages = 8\n'
-        "batch = 4\nblock_size = 1\nchannels = [8, 8, 12, 16]\neye_px = 8.0\n"
+        "batch = 4\n[sizes]\nblock_size = 1\nchannels = [8, 8, 12, 16]\neye_px = 8.0\n"
     )
     monkeypatch.setattr("sys.argv", ["guides", str(recipe)])
     guides.main()

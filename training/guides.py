@@ -13,7 +13,7 @@ import dataclasses
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from diffusionact.training.data import Pool
 from diffusionact.training.face_shape import EXPRESSION, IDENTITY
 from diffusionact.training.judges import (
     Truth,
+    as_tuples,
     augment,
     gather,
     held_out,
@@ -75,9 +76,7 @@ class GuideRecipe:
     temperature: float = 0.1  # of the contrast
     painted_over: float = 0.7  # share of the pictures whose room, or room and clothes, change
     eye_shift_px: float = 1.5  # how far the windows of the eyes are moved at most
-    channels: tuple[int, int, int, int] = GuideConfig.channels
-    block_size: int = 2  # of the guide's first grid; 1 for small pictures
-    eye_px: float = 26.0  # side of the window cut out around an eye
+    sizes: dict[str, Any] = field(default_factory=dict)  # what is not as GuideConfig has it
     threads: int = 1
     seed: int = 20
 
@@ -173,9 +172,7 @@ def train(recipe: GuideRecipe, pool: Pool) -> Guide:
     identities = trained_identities(recipe.pool, pool, recipe.held_out)
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
-    guide = Guide(GuideConfig(
-        pool.size, block_size=recipe.block_size, channels=recipe.channels, eye_px=recipe.eye_px
-    ))  # fmt: skip
+    guide = Guide(GuideConfig(pool.size, **as_tuples(recipe.sizes)))
     looks = nn.Linear(guide.config.embed, len(PERSON_COLUMNS))  # only to learn from
     both = nn.ModuleList([guide, looks])
     both.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

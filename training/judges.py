@@ -15,7 +15,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -88,8 +88,7 @@ class JudgeRecipe:
     threads: int = 1
     seed: int = 1
 
-    block_size: int = 2  # of the judge's first grid; 1 for small pictures
-    eye_px: float = 24.0  # side of the window cut out around an eye
+    sizes: dict[str, Any] = field(default_factory=dict)  # what is not as JudgeConfig has it
 
     @classmethod
     def load(cls, path: str | Path) -> JudgeRecipe:
@@ -208,8 +207,7 @@ def train(recipe: JudgeRecipe, pool: Pool) -> Judge:
     identities = trained_identities(recipe.pool, pool, recipe.held_out)
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
-    sizes = JudgeConfig(pool.size, block_size=recipe.block_size, eye_px=recipe.eye_px)
-    judge = Judge(sizes)
+    judge = Judge(JudgeConfig(pool.size, **as_tuples(recipe.sizes)))
     judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         judge.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
@@ -223,6 +221,11 @@ def train(recipe: JudgeRecipe, pool: Pool) -> Judge:
 
     pace(recipe, optimizer, step, "judge")
     return judge.eval()
+
+
+def as_tuples(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Sizes as a network's configuration has them: TOML and JSON know lists only."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in sizes.items()}
 
 
 def trained_identities(folder: str, pool: Pool, count: int) -> int:

@@ -1,0 +1,157 @@
+"""The paper's ablations, and the choice of a distillation method, on small pictures.
+
+    python -m benchmarks.small_pool runs/pool runs/pool32
+    python -m diffusionact.training.judges training/recipes/judge32.toml
+    python -m diffusionact.training.guides training/recipes/guide32.toml
+    python -m benchmarks.ablations --seeds 1,2,3        # goes on where it was stopped
+    python -m benchmarks.ablations --table              # of what is there, in docs/ablations.md
+
+Each run is a recipe that `diffusionact train` takes as well; finished ones are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import ablation_table
+from benchmarks.ablation_plan import (
+    INVERT,
+    RENDER,
+    Run,
+    protocol,
+    scaled,
+    students,
+    to_toml,
+    weights_of,
+)
+from benchmarks.ablation_scores import Trial, made_by, scores, trial
+from diffusionact.errors import DiffusionActError
+from diffusionact.files import write_whole
+from diffusionact.training import weights
+from diffusionact.training.data import Pool
+from diffusionact.training.loop import train
+from diffusionact.training.models.judge import Judge, load_judge
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+LOG = logging.getLogger(__name__)
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "training" / "recipes" / "ablation32.toml"
+
+
+def plan(
+    base: Mapping[str, Any], folder: Path, seeds: list[int], scale: float, minutes: float | None
+) -> list[Run]:
+    """All runs in order, each once: whole seeds first, so that a run cut short has some."""
+    found: dict[str, Run] = {}
+    for seed in seeds:
+        for run in [*protocol(base, folder, seed), *students(base, folder, seed)]:
+            found.setdefault(run.name, scaled(run, scale, minutes))
+    return list(found.values())
+
+
+def carry_out(run: Run, folder: Path) -> None:
+    """Nothing; trains the run, or goes on with it, where it has not left its weights."""
+    place, wanted = folder / run.name, weights_of(folder, run.name)
+    if wanted.exists():
+        return
+    start = weights_of(folder, run.start) if run.start else None
+    recipe = run.recipe | ({"start": str(start)} if start else {})
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / "recipe.toml"
+    write_whole(path, to_toml(recipe))
+    begun, spent = time.monotonic(), time.process_time()
+    train(path, resume=(place / "last.pt").exists(), out=place)
+    if run.name == "autoencoder":
+        _without_reenactment(wanted)
+    seconds = {"wall": time.monotonic() - begun, "cpu": time.process_time() - spent}
+    write_whole(place / "seconds.json", json.dumps(seconds))
+    (place / "last.pt").unlink(missing_ok=True)  # 30 MB each
+
+
+def _without_reenactment(path: Path) -> None:
+    """A Diffusion Autoencoder has no reenactment encoder: the next stage begins with its own."""
+    content = weights.load(path)
+    parts = {name: part for name, part in content.parts.items() if name != "reenactment"}
+    weights.save_tensors(path, content.config, parts, provenance=content.provenance)
+
+
+def score(run: Run, folder: Path, judge: Judge, given: Trial) -> None:
+    """Nothing; writes what a finished run is worth beside its weights."""
+    path = folder / run.name / "scores.json"
+    if path.exists() or not run.part:
+        return
+    weights_file = weights_of(folder, run.name)
+    if run.part == "distillation":
+        table = {count: scores(judge, given, made_by(weights_file, given, INVERT, steps))
+                 for count, steps in RENDER.items()}  # fmt: skip
+    else:
+        table = {"20": scores(judge, given, made_by(weights_file, given))}
+    write_whole(path, json.dumps(table, indent=1) + "\n")
+    LOG.info("%s: %s", run.name, json.dumps(table))
+
+
+def yardsticks(folder: Path, judge: Judge, given: Trial, teacher: str) -> None:
+    """Nothing; writes what copies of the source, true pictures, and the teacher in few steps are
+    worth."""
+    source, target = given.source.images, given.target.images
+    table = {"copy of the source": {"0": scores(judge, given, (source, source))},
+             "true pictures": {"0": scores(judge, given, (source, target))}}  # fmt: skip
+    of_teacher = weights_of(folder, teacher)
+    if of_teacher.exists():
+        table["teacher"] = {"20": scores(judge, given, made_by(of_teacher, given))} | {
+            count: scores(judge, given, made_by(of_teacher, given, INVERT, steps))
+            for count, steps in RENDER.items()
+        }
+    for rows in table.values():  # a copy is no reconstruction
+        for row in rows.values():
+            if row["reconstruction_perceptual"] == 0:
+                row["reconstruction_psnr_db"] = None  # type: ignore[assignment]
+    write_whole(folder / "yardsticks.json", json.dumps(table, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--seeds", default="1,2,3", help="separated by commas")
+    parser.add_argument("--scale", type=float, default=1.0, help="times the recipe's pictures")
+    parser.add_argument("--minutes", type=float, help="of each run at most")
+    parser.add_argument("--only", default="", help="runs whose name holds this")
+    parser.add_argument("--table", action="store_true", help="only write what is there")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(1)
+    base = tomllib.loads(arguments.recipe.read_text(encoding="utf-8"))
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    folder = arguments.runs
+    runs = plan(base, folder, seeds, arguments.scale, arguments.minutes)
+    if not arguments.table:
+        judge, _ = load_judge(folder / "judge.safetensors")
+        given = trial(Pool.open(base["pool"]["folder"]), base["pool"]["held_out"])
+        for run in runs:
+            if arguments.only not in run.name:
+                continue
+            try:
+                carry_out(run, folder)
+                score(run, folder, judge, given)
+            except DiffusionActError as error:
+                LOG.error("%s: not run: %s", run.name, error)
+        yardsticks(folder, judge, given, "full-joint-1")
+    LOG.info("%s", ablation_table.write(runs, folder, ROOT))
+
+
+if __name__ == "__main__":
+    main()
