@@ -20,10 +20,9 @@ import json
 import sys
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import aiohttp
 import av
 import cv2
 
-from benchmarks.soak import judge, watch
+from benchmarks.soak import record, tell, watch
 from diffusionact.assets import driver_path, portrait_paths
 from diffusionact.files import write_whole
 from diffusionact.landmarks import Track, sidecar_path
@@ -78,6 +77,7 @@ class Client:
     def __init__(self, driver: Driver, fps: float) -> None:
         self._driver, self._fps = driver, fps
         self.stages: list[dict[str, int]] = []
+        self.steps: Counter[int] = Counter()
         self.begun_s = self.ended_s = 0.0
         self.recent: deque[tuple[int, int]] = deque(maxlen=200)
 
@@ -110,6 +110,7 @@ class Client:
         self.begun_s = self.begun_s or now_ns / 1e9
         self.ended_s = now_ns / 1e9
         m = picture.moments
+        self.steps[m.steps] += 1
         there_ns = m.sent_ns - m.received_ns
         self.stages.append(
             {"network": now_ns - sent_ns - there_ns, "track": m.track_ns, "wait": m.wait_ns,
@@ -164,13 +165,13 @@ async def replay(arguments: argparse.Namespace) -> dict[str, Any]:
         pairs = zip(clients, (names[i % len(names)] for i in range(len(clients))), strict=True)
         await asyncio.gather(*(one(client, name) for client, name in pairs))
         if watched is not None:
-            verdict = judge(await watched)
-            report["soak"] = {**asdict(verdict), "flat": verdict.flat}
+            report["soak"] = record(await watched)
     stages = summarise(times for client in clients for times in client.stages)
     return {
         "faces_per_second": round(sum(client.rate for client in clients), 2),
         "each": [round(client.rate, 2) for client in clients],
         "latency_ms": _values(stages["total"]),
+        "steps": dict(sorted(sum((client.steps for client in clients), Counter()).items())),
         "stages_ms": {name: _values(times) for name, times in stages.items() if name != "total"},
         **report,
     }
@@ -235,7 +236,10 @@ def main() -> None:
     arguments = parser.parse_args()
     report = asyncio.run(in_chromium(arguments) if arguments.chromium else replay(arguments))
     for name, value in report.items():
-        print(f"{name:18} {value}")
+        if name != "soak":
+            print(f"{name:20} {value}")
+    if "soak" in report:
+        tell(report["soak"])
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_whole(arguments.json, json.dumps(report) + "\n")

@@ -4,7 +4,10 @@
     python -m benchmarks.soak --pid PID --seconds 1800      # of another process, such as serve
 
 The first form runs `live` from a looped clip into an MJPEG page that one client watches; the
-second watches the process only. Exit status 1 when something grew. Linux: figures are /proc's.
+second watches the process only. `benchmarks/serve_load.py --soak` does the same to a server with
+clients; both may run at once, in two shells. The record holds memory and threads at the start, the
+end and by the hour, and latency interval by interval. Exit status 1 when something grew. Linux:
+figures are /proc's.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from diffusionact import machine
 from diffusionact.assets import bundle_path, driver_path, portrait_paths
 from diffusionact.files import write_whole
 from diffusionact.runtime.camera import open_camera
@@ -32,11 +37,10 @@ from diffusionact.runtime.reenactor import Reenactor, Settings
 from diffusionact.runtime.sinks import SeveralSinks
 
 SAMPLES = 120  # of a session, at least one a second apart
+INTERVALS = 12  # of the course that is told
 SETTLED = 0.25  # of the session, after which nothing may grow any more
-GROWTH_MB, GROWTH_SHARE = (
-    8.0,
-    0.03,
-)  # allocators breathe; a picture a second would be 26 MB a minute
+# Allocators breathe; a picture a second would be 26 MB a minute.
+GROWTH_MB, GROWTH_SHARE = 8.0, 0.03
 LATENCY_DRIFT = 1.3  # of the median, last quarter over second
 
 
@@ -49,6 +53,20 @@ class Sample:
     threads: int
     files: int
     latencies_ms: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One interval of a session. at_s: its end, since the start; memory_mb, threads, files: medians;
+    p50_ms, p99_ms: of the latency, None where no face was shown."""
+
+    at_s: float
+    memory_mb: float
+    threads: int
+    files: int
+    faces: int
+    p50_ms: float | None
+    p99_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,46 @@ class Verdict:
             and self.files[1] <= self.files[0]
             and latency
         )
+
+
+def course(samples: Sequence[Sample], intervals: int = INTERVALS) -> list[Moment]:
+    """Return how a session went, interval by interval."""
+    parts = np.array_split(np.arange(len(samples)), min(intervals, len(samples)))
+    return [_moment([samples[i] for i in part]) for part in parts]
+
+
+def _moment(part: Sequence[Sample]) -> Moment:
+    latencies = np.concatenate([one.latencies_ms for one in part])
+    p50, p99 = np.percentile(latencies, (50, 99)) if len(latencies) else (None, None)
+    return Moment(
+        round(part[-1].at_s, 1),
+        round(float(np.median([one.memory_mb for one in part])), 1),
+        int(np.median([one.threads for one in part])),
+        int(np.median([one.files for one in part])),
+        len(latencies),
+        None if p50 is None else round(float(p50), 1),
+        None if p99 is None else round(float(p99), 1),
+    )
+
+
+def record(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return what is kept of a session: the verdict, start, end and slope of memory and threads,
+    the course of it, and the machine."""
+    verdict = judge(samples)
+    kept: dict[str, Any] = {**asdict(verdict), "flat": verdict.flat}
+    hours = np.array([one.at_s for one in samples]) / 3600.0
+    settled = hours >= SETTLED * hours[-1]
+    for name in ("memory_mb", "threads"):
+        values = np.array([getattr(one, name) for one in samples], float)
+        slope = np.polyfit(hours[settled], values[settled], 1)[0]
+        kept[f"{name}_start_end"] = [round(float(values[0]), 1), round(float(values[-1]), 1)]
+        kept[f"{name}_an_hour"] = round(float(slope), 2)  # after the first quarter
+    return {
+        **kept,
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "machine": machine.describe_briefly(machine.describe()),
+        "course": [asdict(moment) for moment in course(samples)],
+    }
 
 
 def sample(pid: int, at_s: float, latencies_ms: Sequence[float] = ()) -> Sample:
@@ -173,6 +231,19 @@ def _look(address: str, stop: threading.Event) -> None:
             pass
 
 
+def tell(kept: Mapping[str, Any]) -> None:
+    """Print a record."""
+    for name, value in kept.items():
+        if name != "course":
+            print(f"{name:20} {value}")
+    print(f"{'at s':>8}{'MB':>8}{'threads':>9}{'faces':>7}{'p50 ms':>8}{'p99 ms':>8}")
+    for one in kept["course"]:
+        p50, p99 = (one[name] if one[name] is not None else "-" for name in ("p50_ms", "p99_ms"))
+        print(
+            f"{one['at_s']:>8}{one['memory_mb']:>8}{one['threads']:>9}{one['faces']:>7}{p50:>8}{p99:>8}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Watch a long session for what grows.")
     parser.add_argument("--bundle", type=Path, default=bundle_path())
@@ -190,14 +261,12 @@ def main() -> None:
             arguments.bundle, arguments.portrait, arguments.camera, arguments.seconds,
             arguments.steps,
         )  # fmt: skip
-    verdict = judge(samples)
-    for name, value in {**asdict(verdict), "flat": verdict.flat}.items():
-        print(f"{name:12} {value}")
+    kept = record(samples)
+    tell(kept)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        kept = {**asdict(verdict), "flat": verdict.flat}
         write_whole(arguments.json, json.dumps(kept) + "\n")
-    sys.exit(0 if verdict.flat else 1)
+    sys.exit(0 if kept["flat"] else 1)
 
 
 if __name__ == "__main__":

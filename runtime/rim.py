@@ -52,7 +52,8 @@ class RimMatch:
         """
         off, weight, coarse = self._off, self._weight, self._coarse
         np.take(crop.reshape(-1, 3), self._pixels, axis=0, out=self._seen, mode="clip")
-        np.subtract(self._reference, self._seen.T, out=off)
+        np.copyto(off, self._seen.T)
+        np.subtract(self._reference, off, out=off)
         np.multiply(off, off, out=weight)
         weight *= -1.0 / LARGEST**2
         weight += 1.0

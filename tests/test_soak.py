@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.soak import Sample, judge, sample, soak_live, watch
+from benchmarks.soak import Sample, course, judge, record, sample, soak_live, watch
 from diffusionact import bundle_path, driver_path, portrait_paths
 from diffusionact.errors import BackendMissing
 from diffusionact.runtime.tracker import open_tracker
@@ -44,6 +44,21 @@ def test_a_session_that_keeps_its_size_is_flat() -> None:
 )
 def test_what_grows_is_noticed(grows: dict[str, Callable[[int], float]]) -> None:
     assert not judge(samples(**grows)).flat  # type: ignore[arg-type]
+
+
+def test_a_record_tells_start_end_and_slope() -> None:
+    told = record(samples(memory_mb=lambda i: 300.0 + i / 36.0))  # 100 MB an hour
+    assert told["memory_mb_start_end"] == [300.0, 302.8]
+    assert told["memory_mb_an_hour"] == pytest.approx(100.0, abs=0.1)
+    assert told["threads_an_hour"] == pytest.approx(0.0, abs=0.1) and told["flat"]
+    assert [one["at_s"] for one in told["course"]][-1] == 99.0
+
+
+def test_the_course_of_a_session_is_told_by_intervals() -> None:
+    quiet = [Sample(100.0 + i, 300.0, 20, 9) for i in range(100)]
+    whole = course([*samples(), *quiet], 4)
+    assert [one.faces for one in whole] == [1000, 1000, 0, 0]
+    assert whole[0].p50_ms == 82.0 and whole[3].p50_ms is None
 
 
 @linux

@@ -148,7 +148,10 @@ def read_picture(message: bytes) -> tuple[int, int, bool, bool, Moments, bytes]:
     if len(message) < HEAD.size + TIMES.size or message[0] != Kind.PICTURE:
         raise Malformed(f"{len(message)} bytes of kind {message[:1].hex()}; wanted a picture")
     _, flags, steps, frame, captured_us = HEAD.unpack_from(message)
-    moments = Moments(*(us * 1000 for us in TIMES.unpack_from(message, HEAD.size)), steps)
+    received, sent, track, wait, render, encode = (
+        us * 1000 for us in TIMES.unpack_from(message, HEAD.size)
+    )
+    moments = Moments(received, sent, track, wait, render, encode, steps)
     jpeg = message[HEAD.size + TIMES.size :]
     return frame, captured_us, bool(flags & SEEN), bool(flags & NEUTRAL), moments, jpeg
 
