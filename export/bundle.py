@@ -132,7 +132,7 @@ def _content(path: Path, card: Card | None) -> _Content:
     """What a weights file, or a folder of an import, has for a bundle."""
     if not path.is_dir():
         weights = weights_file.load(path)
-        card = _of_student(card or FACE128_CARD, weights.student)
+        card = _of_student(card or _card_of(weights), weights.student)
         return _Content(weights, manifest_file.file_sha256(path), card, {})
     record = weights_folder.checked_record(path)
     weights = weights_file.load(path / weights_folder.MODEL_FILE)
@@ -147,6 +147,28 @@ def _content(path: Path, card: Card | None) -> _Content:
     flame = path / weights_folder.FLAME_FILE
     digest = record.outputs[weights_folder.MODEL_FILE]
     return _Content(weights, digest, card, tracker, flame if flame.is_file() else None)
+
+
+def _card_of(weights: weights_file.Weights) -> Card:
+    """The card of our own training: for rendered faces the shipped one, for prepared clips with
+    the crop and the drawing that they were prepared with."""
+    known = weights.provenance
+    if not {"crop", "drawing"} <= known.keys():
+        return FACE128_CARD
+    like = FACE128_CARD if weights.config.prediction == "x0" else PUBLISHED_CARD
+    training = Training(
+        data=str(known.get("data", "")),
+        licence="that of the clips that it was trained on",
+        domain=PUBLISHED_CARD.training.domain,
+    )
+    return replace(
+        like,
+        name=str(known.get("recipe", like.name)),
+        crop=Crop(**known["crop"]),
+        drawing=Drawing(**known["drawing"]),
+        training=training,
+        licence="",
+    )
 
 
 def _of_student(card: Card, student: weights_file.Student | None) -> Card:

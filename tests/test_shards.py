@@ -15,12 +15,13 @@ from diffusionact.condition import Drawing, draw_condition
 from diffusionact.errors import SettingsError
 from diffusionact.image import bgr_to_rgb, warp_crop
 from diffusionact.landmarks import Landmarks, crop_matrix
+from diffusionact.manifest import Crop
 from diffusionact.training.config import PoolRecipe, ShardsRecipe, StageRecipe, parse_recipe
 from diffusionact.training.data import CrossSampler, PairSampler, Pool
 from diffusionact.training.inversions import InversionCache
 from diffusionact.training.prepare import prepare
 from diffusionact.training.prepare_clip import hull_mask
-from diffusionact.training.shards import Shards, open_dataset
+from diffusionact.training.shards import Shards, open_dataset, origin_of
 from tests.readers import ScriptedReader, people, request
 from tests.test_data import write_pool
 
@@ -214,6 +215,27 @@ kind = "reenact"
 images = 8
 batch = 4
 """
+
+
+@pytest.mark.torch
+def test_weights_say_how_their_faces_were_cut_and_a_bundle_runs_alike(
+    made: tuple[Shards, ScriptedReader],
+) -> None:
+    pytest.importorskip("torch")
+    bundle = pytest.importorskip("diffusionact.export.bundle")
+    from diffusionact.training.models.config import FACE128
+    from diffusionact.training.weights import Weights
+
+    shards, _ = made
+    assert origin_of(PoolRecipe("x")) == {"data": "rendered faces"}
+    origin = origin_of(ShardsRecipe(str(shards.folder)))
+    assert origin["data"] == "14 prepared frames of 3 people"
+    card = bundle._card_of(Weights(FACE128, {}, {"recipe": "mine", **origin}))
+    assert card.name == "mine" and card.crop == Crop(rotate=True, scale=1.0)
+    assert card.drawing == Drawing(1, 1.5, True) and "photographs" in card.training.domain
+    assert card.render == bundle.FACE128_CARD.render
+    plain = Weights(FACE128, {}, {"data": "rendered faces"})
+    assert bundle._card_of(plain) is bundle.FACE128_CARD
 
 
 @pytest.mark.torch

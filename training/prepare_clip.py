@@ -226,7 +226,8 @@ def _in_place(
     both = (np.add.outer(sides, (usual, usual)) / 2.0 - np.abs(centres - middle)).clip(0.0, ends)
     shared = both.prod(axis=1)
     good = shared / (sides**2 + usual**2 - shared) >= ELSEWHERE
-    report.dropped["elsewhere"] += int((~good).sum())
+    if not good.all():
+        report.dropped["elsewhere"] += int((~good).sum())
     for each in (kept[i] for i in np.flatnonzero(~good)[:1]):
         crop = cv2.imdecode(np.frombuffer(each.picture, np.uint8), cv2.IMREAD_COLOR)
         _add_example(examples, "elsewhere", (number, each.frame), np.asarray(crop, np.uint8))

@@ -49,6 +49,33 @@ def open_dataset(recipe: PoolRecipe | ShardsRecipe) -> Dataset:
     return Shards.open(recipe.folder, recipe.pairs)
 
 
+def origin_of(recipe: PoolRecipe | ShardsRecipe) -> dict[str, Any]:
+    """Returns what weights that were trained on these faces say of them: `data` and, of prepared
+    ones, `crop` and `drawing`, as in a bundle's manifest: it is to be run on faces cut alike."""
+    if isinstance(recipe, PoolRecipe):
+        return {"data": "rendered faces"}
+    meta = _meta(Path(recipe.folder))
+    data = f"{meta['frames']} prepared frames of {meta['people']} people"
+    return {"data": data, "crop": meta["crop"], "drawing": meta["drawing"]}
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    """What prepared faces say of themselves. Raises: SettingsError."""
+    try:
+        meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"no prepared faces in {folder}, or not finished; make them, or go on, with "
+            f"`diffusionact prepare DATASET -o {folder}`"
+        ) from error
+    if meta.get("format") != FORMAT:
+        raise SettingsError(
+            f"{folder}: prepared faces of format {meta.get('format')}, wanted {FORMAT}; "
+            "prepare them again in another folder"
+        )
+    return meta
+
+
 class Shards:
     """Prepared faces: a `Dataset`. Frames are numbered by person, clip, take and time."""
 
@@ -79,18 +106,7 @@ class Shards:
         Raises: SettingsError: they are not there, not finished, not whole, or of another format.
         """
         folder = Path(folder)
-        try:
-            meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SettingsError(
-                f"no prepared faces in {folder}, or not finished; make them, or go on, with "
-                f"`diffusionact prepare DATASET -o {folder}`"
-            ) from error
-        if meta.get("format") != FORMAT:
-            raise SettingsError(
-                f"{folder}: prepared faces of format {meta.get('format')}, wanted {FORMAT}; "
-                "prepare them again in another folder"
-            )
+        meta = _meta(folder)
         for name, size in meta["shards"]:
             path = folder / name
             seen = path.stat().st_size if path.exists() else 0
