@@ -120,6 +120,12 @@ def test_a_student_recipe_is_read_and_a_wrong_one_is_refused() -> None:
         parse_recipe(RECIPE.format(one="[300, 980]", shares="[0.5, 0.5]"))
     with pytest.raises(SettingsError, match="shares"):
         parse_recipe(RECIPE.format(one="[980]", shares="[1.0]"))
+    good = RECIPE.format(one="[980]", shares="[0.5, 0.5]")
+    for line, message in (('method = "magic"', "wanted one of 'sampler'"),
+                          ("[[stages]]\nkind = 'student'\nimages = 8\ninverter = true",
+                           "in all or in none")):  # fmt: skip
+        with pytest.raises(SettingsError, match=message):
+            parse_recipe(f"{good}\n{line}")
     with pytest.raises(SettingsError, match="no render"):
         parse_recipe(
             RECIPE.split("[student]")[0].format() + '[[stages]]\nkind = "student"\nimages = 1'

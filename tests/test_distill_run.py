@@ -123,6 +123,5 @@ def test_a_round_that_is_taken_up_again_has_the_teacher_it_began_with(folder: Pa
 def test_a_teacher_that_is_not_there_ends_the_run_before_it_begins(folder: Path) -> None:
     described = recipe("consistency")
     wrong = replace(described, student=replace(described.student, of="nobody.safetensors"))
-    run = loop.Trainer(wrong, folder / "run", alone(torch.device("cpu")))
     with pytest.raises(SettingsError, match=r"nobody\.safetensors"):
-        run._begin(wrong.stages[0])
+        loop.Trainer(wrong, folder / "run", alone(torch.device("cpu")))

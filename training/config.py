@@ -336,3 +336,17 @@ def _check_student(recipe: Recipe, where: str) -> None:
         raise SettingsError(
             f"{where} [student]: steps = {student.steps}, wanted one of {', '.join(student.render)}"
         )
+    if student.substeps < 1:
+        raise SettingsError(f"{where} [student]: substeps = {student.substeps}, wanted 1 or more")
+    stages = [stage for stage in recipe.stages if stage.kind == "student"]
+    for stage in stages:
+        if stage.method not in get_args(Method):
+            methods = ", ".join(repr(method) for method in get_args(Method))
+            raise SettingsError(
+                f"{where} [[stages]]: method = {stage.method!r}, wanted one of {methods}"
+            )
+    if len({stage.inverter for stage in stages}) > 1:
+        raise SettingsError(
+            f"{where} [[stages]]: inverter = true in some stages of the student, wanted in all or "
+            "in none: the network that inverts is one"
+        )

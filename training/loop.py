@@ -25,7 +25,7 @@ from diffusionact.training.critics import open_critics
 from diffusionact.training.data import Batch, PairSampler, Prefetcher
 from diffusionact.training.dataset import Dataset, training_people
 from diffusionact.training.diffusion import invert, to_batch
-from diffusionact.training.distill import described
+from diffusionact.training.distill import check_students, described
 from diffusionact.training.gather import gathered
 from diffusionact.training.inversions import InversionCache
 from diffusionact.training.inverted_sources import inverted_sources
@@ -120,6 +120,7 @@ class Trainer:
         self.pool = open_dataset(recipe.pool)
         self.identities = training_people(self.pool, recipe.pool.held_out)
         self.state = State(recipe, _statistics(self.pool, self.identities), self.device)
+        check_students(recipe, self.state.config.prediction)
         if any(STAGES[stage.kind].CRITICS for stage in recipe.stages):
             first = self.pool.gather(np.zeros(1, np.int64), np.zeros(1, np.int64))
             masks = first.labels is not None or first.mask is not None

@@ -57,20 +57,29 @@ def trained(stage: StageRecipe) -> list[str]:
     return METHODS[stage.method].moves(stage)
 
 
+def check_students(recipe: Recipe, kind: Prediction) -> None:
+    """Finds out before a run what would end it late.
+
+    Raises: SettingsError if the teacher's file, which the student's weights will name, is not
+    there, or if the timesteps of a progressive round are no part of those of the round before.
+    """
+    for index, stage in enumerate(recipe.stages):
+        if stage.kind == "student":
+            teacher_sha256(recipe.student.of)
+            if stage.method == "progressive":
+                round_of(recipe, index, kind)
+
+
 def begin(state: State, recipe: Recipe, stage: StageRecipe) -> None:
     """Makes the frozen networks ready that the stage learns from; at a resumption, too.
 
-    Raises: SettingsError if the teacher's file is not there or does not fit, or if the timesteps of
-    one round are no part of those of the round before.
+    Raises: SettingsError if the teacher's file is not there or does not fit.
     """
     student, device = recipe.student, next(state.live.parameters()).device
-    teacher_sha256(student.of)  # what the student's weights will name; not to be missed at the end
     state.invert = None  # a student inverts by itself
-    if stage.method == "progressive":
-        round_of(recipe, state.progress.stage, state.config.prediction)
-        if state.progress.step == 0:
-            state.keep_before(moves(stage))
-    elif stage.method == "consistency" or student.teacher > 0:
+    if stage.method == "progressive" and state.progress.step == 0:
+        state.keep_before(moves(stage))
+    if stage.method == "consistency" or (stage.method == "sampler" and student.teacher > 0):
         state.teacher = open_teacher(student.of, state.config.image_size, device)
     if stage.method == "sampler" and student.criteria > 0 and state.critics is None:
         state.critics = open_critics(recipe.critics, recipe.criteria, device, masks=True)
