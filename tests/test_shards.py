@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -22,7 +23,7 @@ from diffusionact.training.inversions import InversionCache
 from diffusionact.training.prepare import prepare
 from diffusionact.training.prepare_clip import hull_mask
 from diffusionact.training.shards import Shards, open_dataset, origin_of
-from tests.readers import ScriptedReader, people, request
+from tests.readers import ScriptedReader, people, posed, request
 from tests.test_data import write_pool
 
 FRAMES = (5, 3, 4, 2)
@@ -103,6 +104,31 @@ def test_any_reader_of_tar_files_reads_a_shard(made: tuple[Shards, ScriptedReade
         numbers = np.load(io.BytesIO(record.read()), allow_pickle=False)
     assert image is not None and image.shape == (64, 64, 3)
     np.testing.assert_array_equal(numbers["points"], shards.columns["points"][0])
+
+
+def test_what_the_published_tracker_reads_is_kept_and_drawn(tmp_path: Path) -> None:
+    """Its codes, its gaze angles, and the canvas that it draws on instead of the landmarks."""
+    reader, clips = people()
+    codes = np.arange(161, dtype=np.float32) / 161
+
+    class Published(ScriptedReader):
+        def faces(self, image_bgr: np.ndarray) -> list[Landmarks]:
+            return [replace(face, codes=codes) for face in super().faces(image_bgr)]
+
+        def drawn(self, face: Landmarks) -> Landmarks:
+            assert face.codes is not None
+            return posed(4, 10.0, units_px=12.0).transformed(np.eye(2, 3) * 0.5)
+
+    published = Published(reader.clips)
+    prepare(clips, tmp_path / "out", request(codes=161), lambda: published)
+    shards = Shards.open(tmp_path / "out")
+    np.testing.assert_array_equal(shards.column("codes", at(2), at(1))[0], codes)
+    np.testing.assert_array_equal(shards.column("gaze_angles", at(2), at(1))[0], codes[-2:])
+    wanted = posed(4, 10.0, units_px=12.0).transformed(np.eye(2, 3) * 0.5)
+    drawing = draw_condition(wanted, 64, Drawing(1, 1.5, True))
+    np.testing.assert_array_equal(shards.draw(at(2), at(1))[0], drawing)
+    with pytest.raises(SettingsError, match="prepared with --tracker mediapipe"):
+        shards.cross((at(0), at(0)), (at(1), at(1)))
 
 
 def stage(**values: float) -> StageRecipe:

@@ -177,7 +177,13 @@ class Shards:
         return self._drawn(self._face(row, "drawn") for row in self._rows(identity, frame))
 
     def cross(self, source: tuple[Ints, Ints], driver: tuple[Ints, Ints]) -> U8:
-        """Returns the drawings of the sources' faces with the drivers' motion."""
+        """Returns the drawings of the sources' faces with the drivers' motion. Raises:
+        SettingsError: they were prepared with the published tracker, which draws FLAME's face."""
+        if "codes" in self.columns:
+            raise SettingsError(
+                f"{self.folder} is drawn from FLAME, of which training has no copy: pairs across "
+                "people want faces prepared with --tracker mediapipe"
+            )
         faces = (
             [self._face(row, "points") for row in self._rows(*who)] for who in (source, driver)
         )

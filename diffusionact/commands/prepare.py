@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusionact.assets import bundle_path
 from diffusionact.commands.exits import DONE
 from diffusionact.commands.extras import extra
 from diffusionact.commands.output import say
@@ -37,8 +38,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--size", type=int, metavar="PX", help=f"of the crops (default: {SIZE}, or the bundle's)")
     add("--frames-per-clip", type=int, default=FRAMES, metavar="N",
         help=f"at most, evenly spread (default: {FRAMES})")  # fmt: skip
-    add("--bundle", type=Path, metavar="DIR", help="crop and draw as this model does; its "
-        "published tracker, if it has one (default: the published FFHQ crop)")  # fmt: skip
+    add("--bundle", type=Path, nargs="?", const=Path(bundle_path()), metavar="DIR",
+        help="crop and draw as this model does, the shipped one where none is named; its published "
+        "tracker, if it has one (default: the published FFHQ crop)")  # fmt: skip
     add("--tracker", default="auto", choices=TRACKERS, help="auto: the bundle's, else mediapipe")
     add("--least-side", type=float, metavar="PX", help="of the crop in the picture: smaller faces "
         "are dropped (default: half of --size)")  # fmt: skip
