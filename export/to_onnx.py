@@ -15,11 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from diffusionact.files import write_whole
+from diffusionact.graph_file import HALVED
 from diffusionact.manifest import TensorSpec
 
 OPSET = 21
 EXAMPLE_ROWS = 3  # what N is while the graph is traced; any number but 1, which would be fixed
-HALVED = ".float16"  # ends the name of an initialiser that is stored so
 SHAPE_OPERATORS = ("Shape", "Size", "NonZero", "Range", "ConstantOfShape")
 
 

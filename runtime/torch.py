@@ -1,9 +1,8 @@
 """PyTorch, the reference: the networks as they were trained, on the CPU and on CUDA.
 
 The one file of the runtime that imports torch, loaded by `open_component(backend="torch")` only.
-A bundle holds ONNX graphs, from which no PyTorch network can be made; so the weights that it was
-exported from must be at hand, in one of `weights_places`, and are taken only if their sha256 is
-the manifest's.
+The weights are those that the bundle's graphs hold by name; what runs is not the graphs but the
+networks of training with these weights in them.
 
 In half precision, the convolutions and what only moves or adds up their results are fp16 or bf16,
 stored channels last; group norms, softmax and the modulation rows stay fp32, as the networks say.
@@ -15,7 +14,6 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -28,7 +26,6 @@ try:
     import torch
     from torch import Tensor, nn
 
-    from diffusionact.training import models
     from diffusionact.training.models import ReenactmentEncoder, UNet
 except ImportError as error:
     raise BackendMissing(
@@ -37,7 +34,6 @@ except ImportError as error:
 
 Function: TypeAlias = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
-WEIGHTS_FILE = "weights.safetensors"  # in a bundle
 PARTS = {"encoder": "reenactment", "": "render", "_invert": "invert"}
 # Of torch.compile. On CUDA whoever wants a graph captures it around more than one network; on a CPU
 # the search takes many minutes.
@@ -62,10 +58,11 @@ def cannot_run(bundle_dir: Path, manifest: Manifest, precision: str) -> str | No
     """Return why PyTorch cannot take the weights of a bundle, or None if it can."""
     if importlib.util.find_spec("safetensors") is None:
         return "no safetensors to read the weights with; run: pip install 'diffusionact[torch]'"
-    try:
-        find_weights(bundle_dir, manifest)
-    except BundleError as error:
-        return str(error)
+    if not manifest.network:
+        return (
+            f"{bundle_dir} was exported before manifests stated the network's sizes; "
+            "export it again: diffusionact export WEIGHTS -o BUNDLE"
+        )
     return None
 
 
@@ -162,7 +159,7 @@ def open_model(
     stream: the handle of the CUDA stream to run on, None makes one.
 
     Raises: BackendMissing without safetensors; DeviceError without a usable GPU; BundleError when
-    the weights are not at hand, are damaged, or are not the network that the specs describe.
+    the bundle does not hold its weights, or they are not the network that the specs describe.
     """
     if found := problem(device):
         raise DeviceError(found)
@@ -171,7 +168,7 @@ def open_model(
     manifest = manifest_file.read(path.parent, verify=False)
     name = _component(path, manifest)
     part = PARTS["encoder"] if name == "encoder" else PARTS[_suffix(name)]
-    network = _load(find_weights(path.parent, manifest), part)
+    network = _load(path.parent, part)
     _check(path, name, manifest, (inputs, outputs))
     return component_of(
         name, network, (inputs, outputs), device=device, precision=precision, stream=stream
@@ -200,7 +197,7 @@ def component_of(
     return TorchComponent(function, *specs, _Lane(device, stream))
 
 
-def _load(path: Path, part: str) -> nn.Module:
+def _load(bundle_dir: Path, part: str) -> nn.Module:
     try:
         from diffusionact.training import weights
     except ImportError as error:
@@ -208,39 +205,7 @@ def _load(path: Path, part: str) -> nn.Module:
             f"backend 'torch' reads weights with safetensors ({error}); "
             "run: pip install 'diffusionact[torch]'"
         ) from error
-    return weights.load(path).network(part)
-
-
-def find_weights(bundle_dir: Path, manifest: Manifest) -> Path:
-    """Return the file of the weights that the bundle was made of.
-
-    Raises: BundleError when no place has them.
-    """
-    places = weights_places(bundle_dir)
-    for path in places:
-        status = path.stat()
-        if _digest(path, status.st_mtime_ns, status.st_size) == manifest.weights_sha256:
-            return path
-    seen = f"not in {', '.join(map(str, places))}" if places else "there are none beside it"
-    raise BundleError(
-        f"{bundle_dir}: backend 'torch' needs the weights that this bundle was exported from, "
-        f"sha256 {manifest.weights_sha256[:12]}: {seen}; "
-        f"run: cp WEIGHTS.safetensors {bundle_dir / WEIGHTS_FILE}"
-    )
-
-
-def weights_places(bundle_dir: Path) -> tuple[Path, ...]:
-    """Return the files that may be a bundle's weights: weights.safetensors in it, its own name
-    beside it (face.bundle, face.safetensors), and, in a checkout, the checkpoints of training."""
-    checkpoints = Path(models.__file__).parents[1] / "checkpoints"
-    place = Path(bundle_dir).resolve()
-    listed = (place / WEIGHTS_FILE, place.with_suffix(".safetensors"))
-    return tuple(path for path in (*listed, *checkpoints.glob("*.safetensors")) if path.is_file())
-
-
-@lru_cache(maxsize=32)
-def _digest(path: Path, mtime_ns: int, size: int) -> str:
-    return manifest_file.file_sha256(path)
+    return weights.load(bundle_dir).network(part)
 
 
 def _component(path: Path, manifest: Manifest) -> str:

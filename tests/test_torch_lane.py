@@ -85,7 +85,7 @@ def test_a_run_is_on_the_stream_in_memory_of_its_own(
     np.testing.assert_array_equal(y, 2 * x)
 
 
-def test_a_bundle_without_its_weights_leaves_the_gpu_alone(
+def test_a_bundle_brings_its_weights_to_the_gpu_and_an_old_one_leaves_it_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The usual machine with a GPU: PyTorch for CUDA is there, the bundle is that of the wheel."""
@@ -95,10 +95,10 @@ def test_a_bundle_without_its_weights_leaves_the_gpu_alone(
     monkeypatch.setattr(backend, "problem", lambda device: None)
     monkeypatch.setattr(gpu_choice, "ORDER", ("torch", "torch"))
     here = gpu_choice.gpu_backend(bundle, told, "auto", asked=False)
-    assert here == ("torch" if backend.weights_places(bundle) else None)
-    foreign = dataclasses.replace(told, weights_sha256="0" * 64)
+    assert here == "torch", "a bundle holds its weights"
+    foreign = dataclasses.replace(told, network={})
     assert gpu_choice.gpu_backend(bundle, foreign, "auto", asked=False) is None
-    with pytest.raises(DeviceError, match=r"torch: .* needs the weights .* run: cp WEIGHTS"):
+    with pytest.raises(DeviceError, match=r"torch: .* before manifests .* diffusionact export"):
         gpu_choice.gpu_backend(bundle, foreign, "auto", asked=True)
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     assert "safetensors" in str(backend.cannot_run(bundle, told, "fp16"))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diffusionact.decode import DecodeError, decode
 from diffusionact.errors import SettingsError
 from diffusionact.files import write_whole
+from diffusionact.manifest import FILE_NAME as BUNDLE_FILE
 from diffusionact.manifest import Sampling, student_fault
 from diffusionact.training.models import NetworkConfig, ReenactmentEncoder, SemanticEncoder, UNet
 
@@ -148,11 +149,16 @@ def _ordered(content: bytes) -> tuple[bytes, memoryview]:
 
 
 def load(path: Path | str) -> Weights:
-    """The content of a weights file.
+    """The content of a weights file, or the networks of a bundle.
 
     Raises:
         SettingsError: there is no such file, or it is not a weights file of this format.
+        BundleError: as bundle_weights.
     """
+    if (Path(path) / BUNDLE_FILE).is_file():
+        from diffusionact.training import bundle_weights  # which is made of this module's types
+
+        return bundle_weights.read(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
