@@ -811,8 +811,25 @@ def test_a_damaged_helper_of_the_folder_is_refused(tmp_path: Path) -> None:
 def test_nothing_to_import_is_said(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no file to import"):
         do_import(Request(), tmp_path / "weights")
-    with pytest.raises(SettingsError, match="--diffae completes"):
-        do_import(Request(diffae=tmp_path / "last.ckpt"), tmp_path / "weights")
+
+
+def test_a_diffusion_autoencoder_alone_is_what_training_begins_from(
+    tmp_path: Path, model: Path
+) -> None:
+    torch.save(diffae(), tmp_path / "last.ckpt")
+    folder = tmp_path / "weights"
+    report = do_import(Request(diffae=tmp_path / "last.ckpt", network=SMALL), folder)
+    assert "no bundle yet; training begins from it" in report.lines()[-1]
+    assert "diffusionact" in report.missing
+    found = weights.load(folder / weights_folder.MODEL_FILE)
+    assert set(found.parts) == {"render", "encoder"}
+    assert_tensors(found.parts["render"], "state_dict_diff", "ema_model.", plus=1)
+    due = _golden()["state_dict_diff"]
+    for name, value in found.parts["encoder"].items():
+        assert torch.equal(value, due[f"ema_model.encoder.{name}"] + 1)
+    do_import(Request(diffusionact=model, network=SMALL), folder)
+    with pytest.raises(SettingsError, match="--diffae alone: .* give both again, or another -o"):
+        do_import(Request(diffae=tmp_path / "last.ckpt", network=SMALL), folder)
 
 
 def test_every_file_has_a_maker_and_a_licence() -> None:

@@ -87,6 +87,8 @@ class Report:
         use = "`diffusionact export` makes a bundle of it"
         if set(kinds) & set(MODEL):
             use = "without the diffusion model it makes no bundle yet"
+            if any(entry.kind == "diffae" for entry in self.imported):
+                use += "; training begins from it: start in a recipe"
         elif kinds:
             use += ", without the published tracker's missing parts"
         return [*said, f"wrote {self.folder}; {use}"]
@@ -103,7 +105,7 @@ def import_published(request: Request, out_dir: Path) -> Report:
     """
     record = _record_of(out_dir)
     imported: list[Imported] = []
-    model = _model(request, imported)
+    model = _model(request, imported, record)
     helpers = {
         name: _helper(name, path, imported)
         for name in HELPERS
@@ -142,15 +144,20 @@ def _record_of(out_dir: Path) -> weights_folder.Record:
     return weights_folder.read_record(out_dir)
 
 
-def _model(request: Request, imported: list[Imported]) -> published.Published | None:
-    if request.diffusionact is None:
-        if request.diffae is not None:
-            raise SettingsError(
-                "--diffae completes diffusionact_model.pt, which was not given. "
-                + ORIGINS["diffusionact"].told()
-            )
+def _model(
+    request: Request, imported: list[Imported], record: weights_folder.Record
+) -> published.Published | None:
+    if request.diffusionact is not None:
+        found = published.read(request.diffusionact, request.diffae, request.network)
+    elif request.diffae is None:
         return None
-    found = published.read(request.diffusionact, request.diffae, request.network)
+    elif "diffusionact" in record.files:
+        raise SettingsError(
+            "--diffae alone: the folder holds the weights of diffusionact_model.pt, which this file "
+            "completes: give both again, or another -o. " + ORIGINS["diffusionact"].told()
+        )
+    else:
+        found = published.read_autoencoder(request.diffae, request.network)
     imported += [_entry(findings, (findings.path,)) for findings in found.findings]
     return found
 

@@ -87,6 +87,30 @@ def read(path: Path, diffae: Path | None = None, config: NetworkConfig | None = 
     return Published(config, parts, (findings, other.findings) if other else (findings,))
 
 
+def read_autoencoder(path: Path, config: NetworkConfig | None = None) -> Published:
+    """The weights of DiffAE's `last.ckpt` alone, which a reenactment encoder is trained from:
+    `ema_model` becomes the part render, its own encoder the part encoder.
+
+    Args:
+        config: the network's sizes; None finds the preset that has the file's names and shapes.
+
+    Raises:
+        SettingsError: the file is damaged or another one, or a tensor is missing, of another shape,
+            or not finite.
+    """
+    state = group(*_opened(path), "state_dict")
+    unet, encoder = under(state, "ema_model.", NOT_UNET), under(state, "ema_model.encoder.")
+    config = config or _config_of(unet, encoder, "encoder")
+    other = _DiffAE(path, {part: _shapes(config, part) for part in ("invert", "encoder")})
+    parts = {"render": other.unet(), "encoder": other.encoder()}
+    return Published(config, parts, (other.findings,))
+
+
+def _opened(path: Path) -> tuple[Findings, Mapping[Any, Any]]:
+    findings = Findings(path, "diffae", OTHER_SIZES)
+    return findings, content_of(findings)
+
+
 def load_network(name: str) -> NetworkConfig:
     """The sizes that a preset's name or a JSON file of `NetworkConfig` stands for.
 
@@ -159,11 +183,12 @@ def _shapes(config: NetworkConfig, part: str) -> Shapes:
         return shapes(PARTS[part](config))
 
 
-def _config_of(unet: Tensors, net: Tensors) -> NetworkConfig:
-    """The preset nearest to the names and shapes: what differs from it is told where it is read."""
+def _config_of(unet: Tensors, net: Tensors, part: str = "reenactment") -> NetworkConfig:
+    """The preset nearest to the names and shapes of a U-Net and of what encodes: what differs from
+    it is told where it is read."""
 
     def score(config: NetworkConfig) -> float:
-        pairs = ((unet, _shapes(config, "render")), (net, _shapes(config, "reenactment")))
+        pairs = ((unet, _shapes(config, "render")), (net, _shapes(config, part)))
         return sum(
             sum(shape_of(seen.get(name)) == shape for name, shape in due.items())
             / len({*seen, *due})

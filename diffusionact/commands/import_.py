@@ -17,7 +17,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("diffusionact", nargs="?", metavar="diffusionact_model.pt", help="DiffusionAct's file")
     add("-o", "--output", required=True, metavar="DIR", help="the folder; one there is added to")
-    add("--diffae", metavar="last.ckpt", help="DiffAE's file, for what the first one lacks")
+    add(
+        "--diffae",
+        metavar="last.ckpt",
+        help="DiffAE's file, for what the first one lacks, or alone to train from",
+    )
     add("--s3fd", metavar="FILE", help="the face detector's file")
     add("--fan", metavar="FILE", help="the landmark detector's file")
     add("--emoca", metavar="DIR", help="EMOCA_v2_lr_mse_20, the face encoder's folder")
