@@ -110,7 +110,9 @@ def _paragraphs(
         "The judge's own error on true renders of the same people: landmarks "
         f"{own['landmark_px']:.2f} px, gaze {own['gaze_px']:.2f} px, pose "
         f"{own['pose_deg']:.2f} degrees.",
-        "**Reconstruction of the source** (50 steps of inversion, 20 of rendering)",
+        "**Reconstruction of the source** ({} steps of inversion, {} of rendering)".format(
+            *facts["reconstruction_steps"]
+        ),
         _table("z, x_T", reconstructions),
         "**Self-reenactment** (source to target of one person; x_T from "
         f"{facts['invert_steps']} steps of inversion). *Copy* leaves the source as it is; the "

@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusionact import bundle_path, driver_path, machine, portrait_paths
+from diffusionact import bundle_path, driver_path, machine, manifest, portrait_paths
 from diffusionact.evaluation.metrics import psnr
 from diffusionact.files import write_whole
 from diffusionact.landmarks import Landmarks, Track
@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Quality and speed of precisions on a CPU.")
     add = parser.add_argument
     add("--bundle", type=Path, default=Path(bundle_path()), help="trained (default: shipped)")
-    add("--steps", default="4,8,20", help="counts, between commas")
+    add("--steps", help="counts, between commas (default: those of the bundle)")
     add("--portraits", type=int, default=4)
     add("--frames", type=int, default=9, help="of the driver, for each portrait")
     add("--threads", type=int, default=0)
@@ -167,9 +167,10 @@ def main() -> None:
     given = parser.parse_args()
     logging.getLogger("diffusionact").setLevel(logging.ERROR)
     before = machine.load_average()
+    counts = given.steps.split(",") if given.steps else manifest.read(given.bundle).render.counts
     results = [
         measure(given.bundle, int(steps), given.portraits, given.frames, given.threads)
-        for steps in given.steps.split(",")
+        for steps in counts
     ]
     figures = {
         "machine": machine.describe_briefly(machine.describe()),

@@ -32,8 +32,6 @@ from tests import half
 Array: TypeAlias = npt.NDArray[Any]
 Network: TypeAlias = Callable[[dict[str, Array]], Array]
 
-ROOT = Path(__file__).parents[1]
-WEIGHTS = ROOT / "training" / "checkpoints" / "face.safetensors"
 NAMES = ("encoder", "unet_step")
 LEVELS = 127.5  # of 8 bits in a picture's [-1, 1]
 
@@ -62,7 +60,7 @@ def halved(module: nn.Module) -> nn.Module:
 
 def networks(name: str) -> dict[str, Network]:
     """The routes of a component, float32 first."""
-    kept = weights.load(WEIGHTS)
+    kept = weights.load(bundle_path())
     encoder: Any = kept.network("reenactment")
     render: Any = kept.network("render")
     modules = wrap.components(encoder, render, None)

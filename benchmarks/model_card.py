@@ -1,6 +1,6 @@
 """Measures the shipped model on rendered people it never saw, and writes its card.
 
-    python -m benchmarks.model_card --identities 200 --seed 2026 --steps 4,8,20
+    python -m benchmarks.model_card --identities 200 --seed 2026
 
 Every identity gives a source and a target picture. The generated frame is read by the judge
 (landmarks, gaze, pose) and compared with the exact truth of the target's render, beside three
@@ -46,7 +46,7 @@ from diffusionact.training.models.judge import Judge, Reading, load_judge
 
 LOG = logging.getLogger(__name__)
 
-T_INVERT, T_RENDER = 50, 20  # the published step counts, for reconstruction
+T_INVERT, T_RENDER = 50, 20  # the published step counts, for reconstruction; a student has its own
 SHEET_COLUMNS = 12
 Pictures = NDArray[np.uint8]
 
@@ -260,10 +260,15 @@ def write_sheet(path: Path, pairs: Pairs, rows: Mapping[str, Pictures], steps: i
     os.replace(part, path)
 
 
-def load_networks(checkpoint: Path) -> Networks:
-    """The networks of a weights file, in full precision."""
+def load_networks(checkpoint: Path, teacher: Path | None = None) -> Networks:
+    """The networks of a weights file or bundle, in full precision.
+
+    teacher: where the semantic encoder is, which no bundle has and no student changes.
+    """
     content = weights.load(checkpoint)
     parts = {part: content.network(part) for part in content.parts}
+    if "encoder" not in parts and teacher is not None:
+        parts["encoder"] = weights.load(teacher).network("encoder")
     for network in parts.values():
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Networks(
@@ -280,15 +285,23 @@ def plan_of(
     """The schedules of a bundle at several step counts."""
     noise, kind = description.schedule, description.prediction
     table = alpha_bars(noise.total, noise.beta_start, noise.beta_end)
+    few = description.student_of is not None
+    inverts, renders = (None, None) if few else (T_INVERT, T_RENDER)
     return Plan(
         invert=runs(description)[1],
         render={count: runs(description, count)[0] for count in steps},
-        published_invert=inversion_run(kind, description.invert.at(T_INVERT, noise.total), table),
-        published_render=render_run(kind, description.render.at(T_RENDER, noise.total), table),
+        published_invert=inversion_run(kind, description.invert_at(inverts), table),
+        published_render=render_run(kind, description.render_at(renders), table),
         drawing=description.drawing,
         batch=batch,
         bf16=bf16,
     )
+
+
+def _teacher(checkpoints: Path) -> Path:
+    """The teacher's weights; those of the shipped model while it is no student."""
+    kept = checkpoints / "teacher.safetensors"
+    return kept if kept.is_file() else checkpoints / "face.safetensors"
 
 
 def _arguments() -> argparse.Namespace:
@@ -299,11 +312,14 @@ def _arguments() -> argparse.Namespace:
     checkpoints = root / "training" / "checkpoints"
     assets = root / "diffusionact" / "assets"
     parser.add_argument("--bundle", type=Path, default=assets / "face.bundle")
-    parser.add_argument("--checkpoint", type=Path, default=checkpoints / "face.safetensors")
+    parser.add_argument("--checkpoint", type=Path, help="weights (default: those of the bundle)")
+    parser.add_argument(
+        "--teacher", type=Path, default=_teacher(checkpoints), help="has the semantic encoder"
+    )
     parser.add_argument("--judge", type=Path, default=checkpoints / "judge.safetensors")
     parser.add_argument("--identities", type=int, default=200)
     parser.add_argument("--seed", type=int, default=2026, help="not the seed of the training pool")
-    parser.add_argument("--steps", default="4,8,20", help="render steps, separated by commas")
+    parser.add_argument("--steps", help="of a render, separated by commas (default: the bundle's)")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--bf16", action="store_true", help="half the time, less exact")
     parser.add_argument("-o", "--card", type=Path, default=assets / "MODEL_CARD.md")
@@ -319,9 +335,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start = time.monotonic()
     description = bundles.read(arguments.bundle)
-    networks = load_networks(arguments.checkpoint)
+    networks = load_networks(arguments.checkpoint or arguments.bundle, arguments.teacher)
     judge, notes = load_judge(arguments.judge)
-    steps = [int(count) for count in arguments.steps.split(",")]
+    steps = [int(count) for count in arguments.steps.split(",")] if arguments.steps else []
+    steps = steps or list(description.render.counts)
     plan = plan_of(description, steps, arguments.batch, arguments.bf16)
     pairs = held_out_pairs(arguments.identities, arguments.seed, description.image_size)
     difference = runtime_difference(arguments.bundle, networks, plan, pairs)
@@ -333,6 +350,10 @@ def main() -> None:
         "steps": steps,
         "precision": "bfloat16" if arguments.bf16 else "float32",
         "invert_steps": len(plan.invert.steps),
+        "reconstruction_steps": [
+            len(plan.published_invert.steps),
+            len(plan.published_render.steps),
+        ],
         "weights_sha256": description.weights_sha256,
         "judge_own_error": errors(judge.read(pairs.target.images), pairs.target),
         "judge_training": notes,

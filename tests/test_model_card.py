@@ -24,7 +24,8 @@ pytestmark = pytest.mark.torch
 ROOT = Path(__file__).parents[1]
 SIZE = 64
 FACTS = {
-    "identities": 3, "seed": 5, "steps": [4], "invert_steps": 10, "weights_sha256": "ab" * 32,
+    "identities": 3, "seed": 5, "steps": [4], "invert_steps": 10,
+    "reconstruction_steps": [50, 20], "weights_sha256": "ab" * 32,
     "runtime_max_difference": 1e-4, "precision": "float32",
     "judge_own_error": {"landmark_px": 0.5, "gaze_px": 0.2, "pose_deg": 1.0},
 }  # fmt: skip

@@ -22,7 +22,9 @@ from diffusionact.schedule import inversion_timesteps
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "diffusionact" / "assets"
-WEIGHTS = ROOT / "training" / "checkpoints" / "face.safetensors"
+CHECKPOINTS = ROOT / "training" / "checkpoints"
+# Of the shipped model itself, or of the teacher that it is a student of.
+WEIGHTS, TEACHER = CHECKPOINTS / "face.safetensors", CHECKPOINTS / "teacher.safetensors"
 CARD = ASSETS / "MODEL_CARD.md"
 
 MB = 1_000_000
@@ -35,6 +37,7 @@ FRAME_MAX, REENACTED_MAX, FRAME_MEAN = 2e-3, 2e-2, 1e-4
 # The network was trained on noise of deviation 1. An x_T far from it has kept the picture (below)
 # or has been blown up by steps at low noise (above).
 X_T_STD = (0.1, 1.6)
+MOST_STUDENT_STEPS = 4
 PTS_TOLERANCE_NS = 1_000_000  # of a frame that lasts 40 ms
 
 
@@ -77,10 +80,28 @@ def test_the_bundle_is_whole(bundle: Path, shipped: Manifest) -> None:
     }
 
 
-def test_the_bundle_is_made_of_the_weights_that_are_kept(shipped: Manifest) -> None:
-    if not WEIGHTS.is_file():
-        pytest.fail(f"{WEIGHTS} is missing: `diffusionact train` writes it")
-    assert shipped.weights_sha256 == manifest.file_sha256(WEIGHTS)
+def test_the_weights_that_it_is_made_of_are_kept(shipped: Manifest) -> None:
+    kept, due = (WEIGHTS, shipped.weights_sha256)
+    if shipped.student_of is not None:
+        kept, due = TEACHER, shipped.student_of
+    if not kept.is_file():
+        pytest.fail(f"{kept} is missing: `diffusionact train` writes it")
+    assert manifest.file_sha256(kept) == due
+
+
+@pytest.mark.torch
+def test_its_weights_come_back_out_of_it(bundle: Path, shipped: Manifest, tmp_path: Path) -> None:
+    from diffusionact.export.restore import restore_weights
+    from diffusionact.training import weights
+
+    made = restore_weights(bundle, tmp_path / "back.safetensors")
+    if shipped.student_of is not None:
+        assert made.same, "nothing but the bundle keeps them"
+        return
+    kept, back = weights.load(WEIGHTS), weights.load(made.path)
+    for part, tensors in back.parts.items():
+        for name, tensor in tensors.items():
+            np.testing.assert_array_equal(tensor, kept.parts[part][name])
 
 
 def test_the_bundle_answers_as_its_weights_do(bundle: Path) -> None:
@@ -97,7 +118,12 @@ def test_the_bundle_answers_as_its_weights_do(bundle: Path) -> None:
 
 
 def test_inversion_takes_the_timesteps_of_its_rule(shipped: Manifest) -> None:
-    """A bundle exported before the rule, or by another, would invert otherwise than trained."""
+    """A bundle exported before the rule, or by another, would invert otherwise than trained; a
+    student inverts at the timesteps of its own training."""
+    if shipped.student_of is not None:
+        assert shipped.invert.steps <= MOST_STUDENT_STEPS >= shipped.render.steps
+        assert shipped.invert.at()[0] > 0, "a network that predicts x_0 knows no noise at 0"
+        return
     total = shipped.schedule.total
     for count in {shipped.invert.steps, *shipped.invert.choices}:
         wanted = inversion_timesteps(shipped.prediction, count, total)
