@@ -46,10 +46,11 @@ def ddim_step(x: Float32Array, prediction: Float32Array, scratch: Float32Array, 
         np.multiply(prediction, step.x0_on_prediction, out=prediction)
         np.multiply(x, step.x0_on_x, out=scratch)
         np.add(scratch, prediction, out=prediction)
+    np.maximum(prediction, -1.0, out=prediction)  # np.clip is slow to call
     if step.to_noise == 0.0:  # the last step of a render leads to x_0 itself
-        np.clip(prediction, -1.0, 1.0, out=x)
+        np.minimum(prediction, 1.0, out=x)
         return
-    x_0 = np.clip(prediction, -1.0, 1.0, out=prediction)
+    x_0 = np.minimum(prediction, 1.0, out=prediction)
     # eps = (sqrt(1 / alpha_bar) x - x_0) / sqrt(1 / alpha_bar - 1)
     np.multiply(x, step.sqrt_recip, out=x)
     np.subtract(x, x_0, out=x)
@@ -183,9 +184,10 @@ class Loop:
         """
         self._encoder = encoder
         self._image = _buffer(encoder.inputs["image"])
-        self._condition = _buffer(encoder.inputs["condition"])
+        self._kept: Float32Array | None = None  # the image that is in it and cannot have changed
+        self.condition = _buffer(encoder.inputs["condition"])
         self._z = _buffer(encoder.outputs["z"])
-        encoder.bind(image=self._image, condition=self._condition, z=self._z)
+        encoder.bind(image=self._image, condition=self.condition, z=self._z)
         bound_step = _BoundStep(render.unet_step, render.shallow)
         samplers = [_Sampler(one, bound_step) for one in (render, *others)]
         self._render = samplers[0]
@@ -217,11 +219,16 @@ class Loop:
     def encode(self, image: Float32Array, condition: Float32Array) -> Float32Array:
         """Return the semantic code z, float32 [1,Z]; valid until the next call.
 
-        image, condition: float32 [1,3,S,S] in [-1, 1], RGB.
+        image, condition: float32 [1,3,S,S] in [-1, 1], RGB. An image that cannot be written to is
+        copied once, however often it comes; a condition that was written into `self.condition`,
+        not at all.
         Source: DiffusionAct, the reenactment encoder.
         """
-        np.copyto(self._image, image)
-        np.copyto(self._condition, condition)
+        if image is not self._kept:
+            np.copyto(self._image, image)
+            self._kept = None if image.flags.writeable else image
+        if condition is not self.condition:
+            np.copyto(self.condition, condition)
         self._encoder.run()
         return self._z
 

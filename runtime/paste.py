@@ -53,7 +53,10 @@ class Paster:
         grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1)
         places = (grid @ to_crop[:, :2].T + to_crop[:, 2]).astype(np.float32)
         self._empty = self._patch.size == 0
-        self._strips = _strips(_feathered(places, self._side))
+        self._around = _around(self._where, portrait.shape[:2])
+        mask = _feathered(places, self._side)
+        places_of_both = _around(_full_box(mask), mask.shape)
+        self._strips = [(at, mask[at].copy(), 1.0 - mask[at]) for at in places_of_both]
         if not self._empty:
             self._map = None
             if not _is_resize(places, self._side):
@@ -76,9 +79,11 @@ class Paster:
         crop: uint8 [side,side,3], in the portrait's colour order. Not for two threads at once.
         """
         frame = np.empty_like(self._portrait) if out is None else out
-        np.copyto(frame, self._portrait)
         if self._empty:
+            np.copyto(frame, self._portrait)
             return frame
+        for at in self._around:
+            np.copyto(frame[at], self._portrait[at])
         if self._side != len(crop):
             crop = resize_area(crop, self._side, self._side)
         face = frame[self._where]
@@ -124,15 +129,15 @@ def _is_resize(places: Float32Array, side: int) -> bool:
     return places.shape == resized.shape and bool(np.allclose(places, resized, atol=SAME_PX))
 
 
-def _strips(mask: Float32Array) -> tuple[tuple[Where, Float32Array, Float32Array], ...]:
-    """Return where crop and portrait mix, with the weight of each: the four strips that are left
-    around a box in which the crop alone counts."""
-    rows, columns = _full_box(mask)
-    above, below = slice(0, rows.start), slice(rows.stop, mask.shape[0])
-    left, right = slice(0, columns.start), slice(columns.stop, mask.shape[1])
-    everywhere = slice(0, mask.shape[1])
-    places = ((above, everywhere), (rows, left), (rows, right), (below, everywhere))
-    return tuple((at, mask[at].copy(), 1.0 - mask[at]) for at in places if mask[at].size)
+def _around(box: Where, shape: tuple[int, ...]) -> list[Where]:
+    """Return the strips above, beside and below a box that together with it cover `shape`; those
+    that are empty are left out."""
+    rows, columns = box
+    above, below = slice(0, rows.start), slice(rows.stop, shape[0])
+    left, right = slice(0, columns.start), slice(columns.stop, shape[1])
+    across = slice(0, shape[1])
+    strips = ((above, across), (rows, left), (rows, right), (below, across))
+    return [(r, c) for r, c in strips if r.start < r.stop and c.start < c.stop]
 
 
 def _full_box(mask: Float32Array) -> Where:

@@ -130,7 +130,8 @@ class Reenactor:
         side = manifest.image_size
         self._canvas = np.zeros((side, side, 3), np.uint8)
         self._condition = np.zeros((1, 3, side, side), np.float32)
-        self._rgb = np.zeros_like(self._canvas)
+        if not isinstance(loop, GraphLoop):
+            self._condition = loop.condition  # where the encoder reads it
         self._crops, self._frames = Pool(), Pool()
         self._session: Session | None = None  # of the one user who names no session
         self._on_device: Source | None = None  # the one that the GPU's frames are of
@@ -317,8 +318,8 @@ class Reenactor:
         results = []
         for i, (target, watch, seen) in enumerate(drawn):
             watch.take(share)
-            crop_rgb = self._unpacked(pictures[i : i + 1])
-            results.append(self._finished(crop_rgb, target, source, watch, seen))
+            crop = self._unpacked(pictures[i : i + 1])
+            results.append(self._finished(crop, target, source, watch, seen))
         return results
 
     def target(
@@ -441,23 +442,26 @@ class Reenactor:
         self._sketch(target)
         if isinstance(self._loop, GraphLoop) and not self.settings.compat:
             watch.lap("condition")
-            crop_rgb = self._frame(self._loop, source, watch)
+            crop = self._frame(self._loop, source, watch)
         else:
             condition = to_tensor(self._canvas, self._condition)
             watch.lap("condition")
-            crop_rgb = self._unpacked(self._generate(source.x_T, source.image, condition, watch))
-        return self._finished(crop_rgb, target, source, watch, seen)
+            crop = self._unpacked(self._generate(source.x_T, source.image, condition, watch))
+        return self._finished(crop, target, source, watch, seen)
 
     def _unpacked(self, x_0: Float32Array) -> UInt8Array:
+        """The crop in BGR; x_0, the loop's memory, holds nothing of use afterwards."""
         if self.settings.compat:
-            return stretched_uint8(x_0)
-        return to_uint8(x_0, self._rgb, scratch=x_0)  # the loop's memory, not needed any more
+            return self._in_bgr(stretched_uint8(x_0))
+        bgr = x_0[:, ::-1]
+        return to_uint8(bgr, self._crops.take(self._canvas.shape), scratch=bgr)
+
+    def _in_bgr(self, crop_rgb: UInt8Array) -> UInt8Array:
+        return bgr_to_rgb(crop_rgb, self._crops.take(crop_rgb.shape))  # the same swap
 
     def _finished(
-        self, crop_rgb: UInt8Array, target: Landmarks, source: Source, watch: StopWatch, seen: bool
+        self, crop: UInt8Array, target: Landmarks, source: Source, watch: StopWatch, seen: bool
     ) -> Result:
-        made = self._crops.take(self._canvas.shape)
-        crop = bgr_to_rgb(crop_rgb, made)  # the same swap leads from RGB to BGR
         frame = crop
         if self.settings.paste:
             frame = source.paster.paste(crop, self._frames.take(source.portrait.shape))
@@ -478,9 +482,9 @@ class Reenactor:
         if source is not self._on_device:
             loop.set_source(source.crop, source.x_T)
             self._on_device = source
-        crop_rgb = loop.frame(self._canvas)
+        crop = self._in_bgr(loop.frame(self._canvas))
         watch.lap("render")
-        return crop_rgb
+        return crop
 
     def _draw(self, landmarks: Landmarks) -> Float32Array:
         self._sketch(landmarks)

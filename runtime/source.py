@@ -40,8 +40,10 @@ class Source:
 
     @cached_property
     def image(self) -> Float32Array:
-        """The crop as the networks see it, float32 [1,3,S,S] in [-1, 1], RGB."""
-        return to_tensor(self.crop)
+        """The crop as the networks see it, float32 [1,3,S,S] in [-1, 1], RGB; read-only."""
+        image = to_tensor(self.crop)
+        image.setflags(write=False)
+        return image
 
     @cached_property
     def paster(self) -> Paster:

@@ -368,8 +368,9 @@ def test_a_recording_is_a_video_of_the_screen(tell: Callable[..., None], tmp_pat
             {"behavior": "allow", "downloadPath": str(tmp_path)},
         )
         async with visiting(browser, server, "chidi", "frames") as tab:
+            await tab.run(KEEP)
             await tab.click("#record")
-            await asyncio.sleep(4.0)
+            await tab.until("globalThis.kept.length >= 20", PATIENCE_S)
             await tab.click("#record")
             async with asyncio.timeout(PATIENCE_S):
                 while not [p for p in tmp_path.iterdir() if p.suffix in (".webm", ".mp4")]:
