@@ -1,8 +1,9 @@
 """Which runs the ablations need: a recipe for each, what each begins from, what it says.
 
 Every run is one stage of `training/recipes/ablation32.toml`, as it stands or with a setting
-changed, so that stages which variants have in common are trained once a seed. The Diffusion
-Autoencoder is trained once for all, as the paper's authors took a published one.
+changed, so that stages which variants have in common are trained once a seed; or a recipe
+`student32_*.toml`. The Diffusion Autoencoder is trained once for all, as the paper's authors took
+a published one.
 """
 
 from __future__ import annotations
@@ -15,16 +16,8 @@ from pathlib import Path
 from typing import Any
 
 AUTOENCODER, PRETRAIN, MAIN, JOINT = range(4)  # the stages of the recipe
-STEPS = (4, 2, 1)  # of a student
-RENDER = {"4": [150, 300, 550, 980], "2": [300, 980], "1": [980]}
-INVERT = [150, 300, 550, 780]
-SHARES = [0.4, 0.3, 0.3]
 METHODS = ("sampler", "consistency", "progressive")
-STUDENT_IMAGES = 3_200
-STUDENT_STAGE = {
-    "kind": "student", "batch": 32, "lr": 5e-4, "matrix_lr": 0.005, "warmup_steps": 10,
-    "ema": 0.97, "cached_noise": 0.8, "cached_from": 0.0, "same_frame": 0.3, "diffusion": 8.0,
-}  # fmt: skip
+STUDENT_SHARE = 0.2  # of the pictures of the students' own recipes
 
 Table = dict[str, Any]
 
@@ -81,26 +74,17 @@ def protocol(base: Mapping[str, Any], folder: Path, seed: int) -> list[Run]:
     return runs
 
 
-def students(base: Mapping[str, Any], folder: Path, seed: int) -> list[Run]:
+def students(recipes: Mapping[str, Mapping[str, Any]], folder: Path, seed: int) -> list[Run]:
     """The runs of all methods of distillation for one seed, from the full protocol's model of
-    the first seed. Every method sees the same number of pictures."""
-    teacher = "full-joint-1"
-    runs = []
+    the first seed. recipes: by method; every method sees the same number of pictures."""
+    teacher, runs = "full-joint-1", []
     for method in METHODS:
         name = f"student-{method}-{seed}"
-        recipe = _recipe(base, folder, name, seed)
-        recipe["inversions"] |= {"steps": INVERT, "fill": 128, "every": 10, "batch": 16}
-        recipe["student"] = {
-            "of": str(weights_of(folder, teacher)), "steps": 4, "render": RENDER, "shares": SHARES
-        }  # fmt: skip
-        stage = STUDENT_STAGE | {"method": method}
-        if method == "progressive":  # a round for each count
-            part = STUDENT_IMAGES // len(STEPS)
-            recipe["stages"] = [stage | {"images": part, "render": RENDER[str(count)]}
-                                for count in STEPS]  # fmt: skip
-        else:
-            recipe["stages"] = [stage | {"images": STUDENT_IMAGES}]
-        runs.append(_scored(Run(name, recipe, teacher), "distillation", method, seed))
+        recipe = _recipe(recipes[method], folder, name, seed)
+        recipe["student"]["of"] = str(weights_of(folder, teacher))
+        recipe["stages"] = copy.deepcopy(recipes[method]["stages"])
+        run = Run(name, recipe, teacher, "distillation", method, seed)
+        runs.append(scaled(run, STUDENT_SHARE, None))
     return runs
 
 

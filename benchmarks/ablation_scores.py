@@ -1,12 +1,15 @@
 """What a small model of the ablations is worth: held-out people reconstructed and reenacted, and
-read by a judge that was trained apart."""
+read by the judge of the shipped model, which no training listens to, in pictures enlarged to its
+size."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -34,7 +37,8 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Trial:
-    """Held-out people: a source and a target each, and the drawings of both."""
+    """Held-out people: a source and a target each, and the drawings of both; what is seen in
+    them, in the pixels of pictures enlarged for the judge."""
 
     source: Truth
     target: Truth
@@ -42,16 +46,30 @@ class Trial:
     wanted: NDArray[np.uint8]
 
 
-def trial(pool: Pool, held_out: int) -> Trial:
-    """Every held-out person twice: the first frame drives to the second, the third to the fourth."""
+def trial(pool: Pool, held_out: int, side: int) -> Trial:
+    """Every held-out person twice: from the first frame to the second, from the third to the
+    fourth. side: of the judge's pictures."""
     people = np.repeat(np.arange(pool.identities - held_out, pool.identities), 2)
     first = np.tile([0, 2], held_out)
     return Trial(
-        source=gather(pool, people, first),
-        target=gather(pool, people, first + 1),
+        source=_at(gather(pool, people, first), side),
+        target=_at(gather(pool, people, first + 1), side),
         own=pool.draw(people, first),
         wanted=pool.draw(people, first + 1),
     )
+
+
+def _at(truth: Truth, side: int) -> Truth:
+    """The truth with points as in pictures enlarged to `side`."""
+    factor = side / truth.images.shape[1]
+    points, gaze = ((p + 0.5) * factor - 0.5 for p in (truth.points, truth.gaze))
+    return dataclasses.replace(truth, points=points, gaze=gaze)
+
+
+def enlarged(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Pictures uint8 [N,side,side,3] of smaller ones."""
+    large = [cv2.resize(image, (side, side), interpolation=cv2.INTER_CUBIC) for image in images]
+    return np.asarray(large, np.uint8)
 
 
 @torch.inference_mode()
@@ -82,7 +100,8 @@ def scores(
     three angles (APD); expression the mean error of the openings of mouth and eyes."""
     again, moved = made
     target = given.target
-    seen = judge.read(moved)
+    side = judge.config.image_size
+    seen = judge.read(enlarged(moved, side))
     mouth = metrics.mouth_opening(seen.points) - metrics.mouth_opening(target.points)
     eyes = metrics.eye_opening(seen.points) - metrics.eye_opening(target.points)
     return {
@@ -102,9 +121,17 @@ def perceptual(judge: Judge, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> floa
     """How far pictures are apart in the judge's features: the mean over depths and places of
     |u - v|^2 of feature vectors of length 1. Source: Zhang et al. 2018, Eq. 1, with w = 1."""
     judge.eval()
-    maps: list[tuple[Tensor, ...]] = [judge.features(to_batch(images, CPU)) for images in (a, b)]
-    apart = [(_unit(u) - _unit(v)).square().sum(1).mean() for u, v in zip(*maps, strict=True)]
-    return float(torch.stack(apart).mean())
+    rows = []
+    for start in range(0, len(a), BATCH):
+        part = [
+            enlarged(images[start : start + BATCH], judge.config.image_size) for images in (a, b)
+        ]
+        maps: list[tuple[Tensor, ...]] = [judge.features(to_batch(p, CPU)) for p in part]
+        apart = [
+            (_unit(u) - _unit(v)).square().sum(1).mean((1, 2)) for u, v in zip(*maps, strict=True)
+        ]
+        rows.append(torch.stack(apart).mean(0))
+    return float(torch.cat(rows).mean())
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -109,8 +109,9 @@ def page(results: Mapping[str, Any]) -> str:
         "Made by `python -m benchmarks.ablations`; figures in `benchmarks/results/ablations.json`.",
         "Rendered faces of 32 px, 64 people held out, one trial of two motions each. A cell is the "
         "mean over the seeds ± their standard deviation. Gaze, pose, landmarks and expression are "
-        "read by a judge that no training listened to, against the renderer's truth; expression "
-        "is the error of the openings of mouth and eyes.", "",
+        "read, in pictures enlarged to 128 px, by the shipped model's judge, which no training listened "
+        "to, against the renderer's truth; expression is the error of the openings of mouth and "
+        "eyes.", "",
         "## The protocol (the paper's Table 3)", "",
         *_table(results["protocol"], results["yardsticks"], ("copy of the source", "true pictures")),
         "", "![A dot for each seed](ablations.svg)", "",

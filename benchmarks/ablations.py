@@ -1,8 +1,6 @@
 """The paper's ablations, and the choice of a distillation method, on small pictures.
 
     python -m benchmarks.small_pool runs/pool runs/pool32
-    python -m diffusionact.training.judges training/recipes/judge32.toml
-    python -m diffusionact.training.guides training/recipes/guide32.toml
     python -m benchmarks.ablations --seeds 1,2,3        # goes on where it was stopped
     python -m benchmarks.ablations --table              # of what is there, in docs/ablations.md
 
@@ -12,11 +10,11 @@ Each run is a recipe that `diffusionact train` takes as well; finished ones are 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,7 @@ import torch
 
 from benchmarks import ablation_table
 from benchmarks.ablation_plan import (
-    INVERT,
-    RENDER,
+    METHODS,
     Run,
     protocol,
     scaled,
@@ -40,26 +37,34 @@ from diffusionact.training import weights
 from diffusionact.training.data import Pool
 from diffusionact.training.loop import train
 from diffusionact.training.models.judge import Judge, load_judge
+from diffusionact.training.savepoints import PATTERN, newest
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+TEACHER_STEPS = (20, 4, 2, 1)
 LOG = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "training" / "recipes" / "ablation32.toml"
+RECIPES = ROOT / "training" / "recipes"
+JUDGE = ROOT / "training" / "checkpoints" / "judge.safetensors"
 
 
-def plan(
-    base: Mapping[str, Any], folder: Path, seeds: list[int], scale: float, minutes: float | None
-) -> list[Run]:
+def plan(folder: Path, seeds: list[int], scale: float, minutes: float | None) -> list[Run]:
     """All runs in order, each once: whole seeds first, so that a run cut short has some."""
+    base = settings("ablation32")
+    ways = {method: settings(f"student32_{method}") for method in METHODS}
     found: dict[str, Run] = {}
     for seed in seeds:
-        for run in [*protocol(base, folder, seed), *students(base, folder, seed)]:
+        for run in [*protocol(base, folder, seed), *students(ways, folder, seed)]:
             found.setdefault(run.name, scaled(run, scale, minutes))
     return list(found.values())
+
+
+def settings(name: str) -> dict[str, Any]:
+    """The settings of a recipe of training."""
+    return tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def carry_out(run: Run, folder: Path) -> None:
@@ -73,12 +78,13 @@ def carry_out(run: Run, folder: Path) -> None:
     path = place / "recipe.toml"
     write_whole(path, to_toml(recipe))
     begun, spent = time.monotonic(), time.process_time()
-    train(path, resume=(place / "last.pt").exists(), out=place)
+    train(path, resume=newest(place) is not None, out=place)
     if run.name == "autoencoder":
         _without_reenactment(wanted)
     seconds = {"wall": time.monotonic() - begun, "cpu": time.process_time() - spent}
     write_whole(place / "seconds.json", json.dumps(seconds))
-    (place / "last.pt").unlink(missing_ok=True)  # 30 MB each
+    for checkpoint in place.glob(PATTERN):  # 30 MB each
+        checkpoint.unlink()
 
 
 def _without_reenactment(path: Path) -> None:
@@ -88,15 +94,25 @@ def _without_reenactment(path: Path) -> None:
     weights.save_tensors(path, content.config, parts, provenance=content.provenance)
 
 
-def score(run: Run, folder: Path, judge: Judge, given: Trial) -> None:
+@functools.cache
+def instruments(pool: str, held_out: int) -> tuple[Judge, Trial]:
+    """The judge, and the people that are measured on. Raises: SettingsError."""
+    judge, _ = load_judge(JUDGE)
+    return judge, trial(Pool.open(pool), held_out, judge.config.image_size)
+
+
+def score(run: Run, folder: Path) -> None:
     """Nothing; writes what a finished run is worth beside its weights."""
     path = folder / run.name / "scores.json"
     if path.exists() or not run.part:
         return
+    pool = run.recipe["pool"]
+    judge, given = instruments(pool["folder"], pool["held_out"])
     weights_file = weights_of(folder, run.name)
     if run.part == "distillation":
-        table = {count: scores(judge, given, made_by(weights_file, given, INVERT, steps))
-                 for count, steps in RENDER.items()}  # fmt: skip
+        back, student = run.recipe["inversions"]["steps"], run.recipe["student"]
+        table = {count: scores(judge, given, made_by(weights_file, given, back, steps))
+                 for count, steps in student["render"].items()}  # fmt: skip
     else:
         table = {"20": scores(judge, given, made_by(weights_file, given))}
     write_whole(path, json.dumps(table, indent=1) + "\n")
@@ -111,9 +127,9 @@ def yardsticks(folder: Path, judge: Judge, given: Trial, teacher: str) -> None:
              "true pictures": {"0": scores(judge, given, (source, target))}}  # fmt: skip
     of_teacher = weights_of(folder, teacher)
     if of_teacher.exists():
-        table["teacher"] = {"20": scores(judge, given, made_by(of_teacher, given))} | {
-            count: scores(judge, given, made_by(of_teacher, given, INVERT, steps))
-            for count, steps in RENDER.items()
+        table["teacher"] = {
+            str(count): scores(judge, given, made_by(of_teacher, given, steps=count))
+            for count in TEACHER_STEPS
         }
     for rows in table.values():  # a copy is no reconstruction
         for row in rows.values():
@@ -125,7 +141,6 @@ def yardsticks(folder: Path, judge: Judge, given: Trial, teacher: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
-    parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--seeds", default="1,2,3", help="separated by commas")
     parser.add_argument("--scale", type=float, default=1.0, help="times the recipe's pictures")
     parser.add_argument("--minutes", type=float, help="of each run at most")
@@ -134,22 +149,20 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(1)
-    base = tomllib.loads(arguments.recipe.read_text(encoding="utf-8"))
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     folder = arguments.runs
-    runs = plan(base, folder, seeds, arguments.scale, arguments.minutes)
-    if not arguments.table:
-        judge, _ = load_judge(folder / "judge.safetensors")
-        given = trial(Pool.open(base["pool"]["folder"]), base["pool"]["held_out"])
-        for run in runs:
-            if arguments.only not in run.name:
-                continue
-            try:
-                carry_out(run, folder)
-                score(run, folder, judge, given)
-            except DiffusionActError as error:
-                LOG.error("%s: not run: %s", run.name, error)
-        yardsticks(folder, judge, given, "full-joint-1")
+    runs = plan(folder, seeds, arguments.scale, arguments.minutes)
+    for run in runs:
+        if arguments.table or arguments.only not in run.name:
+            continue
+        try:
+            carry_out(run, folder)
+            score(run, folder)
+        except DiffusionActError as error:
+            LOG.error("%s: not run: %s", run.name, error)
+    if not arguments.only:
+        pool = runs[0].recipe["pool"]
+        yardsticks(folder, *instruments(pool["folder"], pool["held_out"]), "full-joint-1")
     LOG.info("%s", ablation_table.write(runs, folder, ROOT))
 
 

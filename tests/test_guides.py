@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from diffusionact.errors import SettingsError
 from diffusionact.training import data, faces, guides
+from diffusionact.training.critics import Critics
 from diffusionact.training.data import Pool
 from diffusionact.training.models import face_reader
 from diffusionact.training.models import guide as network
@@ -125,6 +126,16 @@ def test_coordinates_keep_their_precision_under_autocast() -> None:
         seen = guide(x)
     for value in (seen.points, seen.irises, seen.gaze, seen.pose):
         assert value.dtype == torch.float32
+
+
+def test_critics_enlarge_small_pictures_for_the_guide() -> None:
+    guide, small = tiny(), F.avg_pool2d(pictures(), 2)
+    large = F.interpolate(small, scale_factor=2, mode="bicubic", align_corners=False)
+    seen = Critics({"guide": guide})
+    torch.testing.assert_close(seen.landmarks(small), guide.landmarks(large))
+    torch.testing.assert_close(seen.identity(small), guide.identity(large))
+    with pytest.raises(SettingsError, match="32 px, these have 24"):
+        seen.landmarks(pictures()[..., :24, :24])
 
 
 def test_calibration_brings_every_channel_to_unit_size() -> None:

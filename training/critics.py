@@ -154,11 +154,14 @@ class Critics(nn.Module):
     def _ask_guide(self, x: Tensor, asked: set[str]) -> dict[str, Any]:
         guide: Any = self.networks["guide"]
         side = guide.config.image_size
-        if x.shape[-1] != side:
+        factor, rest = divmod(side, x.shape[-1])
+        if rest or not factor:
             raise SettingsError(
                 f"[critics]: guide reads pictures of {side} px, these have {x.shape[-1]}; give a "
                 "guide that was trained at that size, or published files"
             )
+        if factor > 1:  # small pictures are enlarged: it still reads them, if less exactly
+            x = F.interpolate(x, scale_factor=factor, mode="bicubic", align_corners=False)
         seen = guide(x)
         reading = {
             "features": ("perceptual", guide.scaled(seen.maps)),

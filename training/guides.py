@@ -29,7 +29,6 @@ from diffusionact.training.data import Pool
 from diffusionact.training.face_shape import EXPRESSION, IDENTITY
 from diffusionact.training.judges import (
     Truth,
-    as_tuples,
     augment,
     gather,
     held_out,
@@ -172,7 +171,8 @@ def train(recipe: GuideRecipe, pool: Pool) -> Guide:
     identities = trained_identities(recipe.pool, pool, recipe.held_out)
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
-    guide = Guide(GuideConfig(pool.size, **as_tuples(recipe.sizes)))
+    sizes = {name: tuple(v) if isinstance(v, list) else v for name, v in recipe.sizes.items()}
+    guide = Guide(GuideConfig(pool.size, **sizes))
     looks = nn.Linear(guide.config.embed, len(PERSON_COLUMNS))  # only to learn from
     both = nn.ModuleList([guide, looks])
     both.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

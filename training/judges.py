@@ -15,7 +15,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -87,8 +87,6 @@ class JudgeRecipe:
     eye_shift_px: float = 1.5  # how far the windows of the eyes are moved at most
     threads: int = 1
     seed: int = 1
-
-    sizes: dict[str, Any] = field(default_factory=dict)  # what is not as JudgeConfig has it
 
     @classmethod
     def load(cls, path: str | Path) -> JudgeRecipe:
@@ -207,7 +205,7 @@ def train(recipe: JudgeRecipe, pool: Pool) -> Judge:
     identities = trained_identities(recipe.pool, pool, recipe.held_out)
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
-    judge = Judge(JudgeConfig(pool.size, **as_tuples(recipe.sizes)))
+    judge = Judge(JudgeConfig(image_size=pool.size))
     judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         judge.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
@@ -221,11 +219,6 @@ def train(recipe: JudgeRecipe, pool: Pool) -> Judge:
 
     pace(recipe, optimizer, step, "judge")
     return judge.eval()
-
-
-def as_tuples(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Sizes as a network's configuration has them: TOML and JSON know lists only."""
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in sizes.items()}
 
 
 def trained_identities(folder: str, pool: Pool, count: int) -> int:

@@ -40,7 +40,6 @@ class JudgeConfig:
     image_size: int = 128
     channels: tuple[int, int, int] = (48, 96, 128)  # at 1/4, 1/8, 1/16 of the picture's side
     eye_channels: tuple[int, int] = (16, 32)
-    block_size: int = 2  # px a side of one cell of the first grid: 1 for small pictures
     eye_px: float = 24.0  # side of the window cut out around an eye, pixels of the picture
     eye_cells: int = 32  # samples along that side
 
@@ -70,9 +69,7 @@ class Judge(nn.Module):
         super().__init__()
         self.config = config = config or JudgeConfig()
         c1, c2, c3 = config.channels
-        self.stem = nn.Sequential(
-            conv_norm(3 * config.block_size**2, c1 // 2), conv_norm(c1 // 2, c1, stride=2)
-        )
+        self.stem = nn.Sequential(conv_norm(12, c1 // 2), conv_norm(c1 // 2, c1, stride=2))
         self.quarter = nn.Sequential(Residual(c1), Residual(c1))
         self.eighth = nn.Sequential(conv_norm(c1, c2, stride=2), Residual(c2))
         self.sixteenth = nn.Sequential(conv_norm(c2, c3, stride=2), Residual(c3))
@@ -101,9 +98,9 @@ class Judge(nn.Module):
         return Prediction(coarse, points, gaze, 30 * self.pose(features).float())
 
     def features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The maps [N,C,S/4,S/4], [N,C,S/8,S/8] and [N,C,S/16,S/16] (half as far down where
-        block_size is 1) of pictures [N,3,S,S]."""
-        quarter = self.quarter(self.stem(F.pixel_unshuffle(image, self.config.block_size)))
+        """The maps [N,C,S/4,S/4], [N,C,S/8,S/8] and [N,C,S/16,S/16] of pictures
+        [N,3,S,S]."""
+        quarter = self.quarter(self.stem(F.pixel_unshuffle(image, 2)))
         eighth = self.eighth(quarter)
         return quarter, eighth, self.sixteenth(eighth)
 
