@@ -26,6 +26,7 @@ from diffusionact.training.models import FFHQ64, ReenactmentEncoder
 from diffusionact.training.stages import pretrain, sampler, trained
 from diffusionact.training.stages.sample import Sample
 from diffusionact.training.state import State
+from diffusionact.training.weights_folder import MODEL_FILE
 
 pytestmark = pytest.mark.torch
 
@@ -383,3 +384,19 @@ def test_a_run_begins_where_the_weights_stand(run_folder: Path, tmp_path: Path) 
     assert whole.has_reenactment and whole.invert is not None
     for name, value in whole.invert.state_dict().items():
         torch.testing.assert_close(value, stored.parts["invert"][name].float(), atol=0, rtol=0)
+
+
+def test_published_weights_without_the_autoencoders_file_say_what_is_missing(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    stored = weights.load(run_folder / "paper.safetensors")
+    parts = {part: values for part, values in stored.parts.items() if part != "encoder"}
+    folder = tmp_path / "weights"  # as `diffusionact import` leaves it
+    folder.mkdir()
+    weights.save_tensors(folder / MODEL_FILE, stored.config, parts, provenance={})
+    recipe = replace(load_recipe(run_folder / "paper.toml"), start=str(folder))
+    targets = HeadTargets(np.zeros((2, 5), np.float32), (1,) * 5)
+    with pytest.raises(SettingsError, match="no semantic encoder, .* --diffae last.ckpt"):
+        State(recipe, targets, torch.device("cpu"))
+    weights.save_tensors(folder / MODEL_FILE, stored.config, stored.parts, provenance={})
+    assert State(recipe, targets, torch.device("cpu")).has_reenactment

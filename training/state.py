@@ -44,18 +44,21 @@ class Progress:
         self.stage, self.step, self.images, self.seconds = self.stage + 1, 0, 0, 0.0
 
 
-def _start(name: str) -> weights.Weights:
-    """The weights to begin from: those of a run, or of a folder that `diffusionact import` wrote.
+def _start(recipe: Recipe) -> weights.Weights:
+    """The weights to begin from: those of a run, of a bundle, or of a folder that `diffusionact
+    import` wrote.
 
     Raises:
         SettingsError: there are none, or without the encoder that says what a picture's z is.
     """
-    path = Path(name)
-    found = weights.load(path / MODEL_FILE if path.is_dir() else path)
-    if "encoder" not in found.parts:
+    path = Path(recipe.start)
+    imported = path / MODEL_FILE
+    found = weights.load(imported if imported.is_file() else path)
+    if "encoder" not in found.parts and any(s.kind != "student" for s in recipe.stages):
         raise SettingsError(
-            f"start = {name!r}: has no semantic encoder, only {', '.join(sorted(found.parts))}; it "
-            "is part of the Diffusion Autoencoder's file: diffusionact import "
+            f"start = {recipe.start!r}: has no semantic encoder, only "
+            f"{', '.join(sorted(found.parts))}, from which only a student can begin; the encoder is "
+            "in the weights of a run, and in the Diffusion Autoencoder's file: diffusionact import "
             "diffusionact_model.pt --diffae last.ckpt -o WEIGHTS"
         )
     return found
@@ -93,7 +96,7 @@ class State:
         self.optimizer: torch.optim.Optimizer | None = None
         self.has_reenactment = False
         if recipe.start:
-            self._start_from(_start(recipe.start))
+            self._start_from(_start(recipe))
 
     def _start_from(self, start: weights.Weights) -> None:
         """Takes over the networks of finished weights; the heads begin anew."""
@@ -106,8 +109,8 @@ class State:
         if "inverter" in self.live:
             self._take(start.network("invert" if "invert" in start.parts else "render"), "inverter")
         for part, name in names.items():
-            if part == "reenactment" and part not in start.parts:
-                continue  # a Diffusion Autoencoder's: the semantic encoder is what it begins from
+            if part not in start.parts and part != "render":
+                continue  # an autoencoder has no reenactment encoder yet, a bundle no other
             self._take(start.network(part), name)
         self.has_reenactment = "reenactment" in start.parts
         if "invert" in start.parts:

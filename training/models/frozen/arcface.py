@@ -118,5 +118,4 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         means = x.mean((2, 3), keepdim=True)
-        logits: Tensor = self.fc2(F.relu(self.fc1(means)))
-        return x * logits.sigmoid()
+        return x * self.fc2(F.relu(self.fc1(means))).sigmoid()
