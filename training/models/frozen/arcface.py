@@ -118,4 +118,5 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         means = x.mean((2, 3), keepdim=True)
-        return x * self.fc2(F.relu(self.fc1(means))).sigmoid()
+        logits: Tensor = self.fc2(F.relu(self.fc1(means)))
+        return x * logits.sigmoid()
