@@ -11,8 +11,8 @@ from diffusionact.errors import SettingsError
 from diffusionact.evaluation.expression import ExpressionFit
 from diffusionact.landmarks import Landmarks
 from diffusionact.morphable import rendered_face, rotation
+from diffusionact.training.cross_pairs import CrossSampler
 from diffusionact.training.crossing import crossed, face_fit
-from diffusionact.training.data import CrossSampler
 from diffusionact.training.dataset import training_people
 from diffusionact.training.losses import GROUP_WEIGHTS, group_weights, head_targets
 from tests.test_data import IDENTITIES, write_pool

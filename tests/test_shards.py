@@ -18,7 +18,8 @@ from diffusionact.image import bgr_to_rgb, warp_crop
 from diffusionact.landmarks import Landmarks, crop_matrix
 from diffusionact.manifest import Crop
 from diffusionact.training.config import PoolRecipe, ShardsRecipe, StageRecipe, parse_recipe
-from diffusionact.training.data import CrossSampler, PairSampler, Pool
+from diffusionact.training.cross_pairs import CrossSampler
+from diffusionact.training.data import PairSampler, Pool
 from diffusionact.training.inversions import InversionCache
 from diffusionact.training.prepare import prepare
 from diffusionact.training.prepare_clip import hull_mask
