@@ -51,6 +51,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "nvtx": ("runtime/trace.py",),
     "pygame": ("runtime/window.py",),
     "pyvirtualcam": ("runtime/sinks.py",),
+    "torch.utils.tensorboard": ("training/curves.py",),
 }
 WITHOUT_TORCH = ("training/faces.py",)  # the renderer works in an environment without PyTorch
 

@@ -34,6 +34,7 @@ from diffusionact.training.losses import (
     weighted_square,
 )
 from diffusionact.training.models import FACE128
+from diffusionact.training.pace import fraction, rate
 from diffusionact.training.stages import to_sample
 from diffusionact.training.state import BACKGROUND, State
 from diffusionact.training.world import alone
@@ -293,21 +294,19 @@ def test_a_new_run_leaves_the_checkpoint_of_another_alone(
 ) -> None:
     run = trainer(recipe_path, tmp_path / "run")
     run.save()
-    before = (tmp_path / "run" / "last.pt").read_bytes()
-    with pytest.raises(SettingsError, match=r"last\.pt is .* --resume, .* with -o"):
+    (checkpoint,) = (tmp_path / "run").iterdir()
+    before = checkpoint.read_bytes()
+    with pytest.raises(SettingsError, match=r"checkpoint-.* is .* --resume, .* with -o"):
         loop.train(recipe_path, out=tmp_path / "run", device="cpu")
-    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert checkpoint.read_bytes() == before
 
 
 def test_weights_name_every_recipe_of_their_run(
     recipe_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    last = tmp_path / "run" / "last.pt"
-    trainer(recipe_path, tmp_path / "run").save()
-    content = torch.load(last, weights_only=True)
-    del content["earlier_recipes"]  # as checkpoints were before it
-    torch.save(content, last)
-    digests = [content["recipe"]]
+    run = trainer(recipe_path, tmp_path / "run")
+    run.save()
+    digests = [run.recipe.digest]
     for line in ("", "# edited\n", "# and again\n"):
         recipe_path.write_text(recipe_path.read_text() + line)
         run = trainer(recipe_path, tmp_path / "run")
@@ -457,12 +456,12 @@ def test_the_rate_warms_up_and_falls_to_zero(recipe_path: Path, tmp_path: Path) 
     run = trainer(recipe_path, tmp_path / "run")
     stage = replace(plain_stage(), images=1000, warmup_steps=10, minutes=1.0)
     progress = run.state.progress
-    assert loop.rate(stage, run.state) == pytest.approx(0.1)
+    assert rate(stage, run.state) == pytest.approx(0.1)
     progress.step, progress.images = 100, 500
-    assert loop.rate(stage, run.state) == pytest.approx(0.5)
+    assert rate(stage, run.state) == pytest.approx(0.5)
     progress.seconds = 60.0  # the minutes are over before the images are
-    assert loop.fraction(stage, run.state) == 1
-    assert loop.rate(stage, run.state) == pytest.approx(0)
+    assert fraction(stage, run.state) == 1
+    assert rate(stage, run.state) == pytest.approx(0)
 
 
 def test_the_average_follows_by_its_decay(recipe_path: Path, tmp_path: Path) -> None:
@@ -479,8 +478,8 @@ def test_refusals(recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = trainer(recipe_path, tmp_path / "run")
     with pytest.raises(SettingsError, match="run without --resume"):
         run.resume()
-    torch.save({"format": 99}, tmp_path / "run" / "last.pt")
-    with pytest.raises(SettingsError, match="format 99"):
+    (tmp_path / "run" / "last.pt").write_bytes(b"of an earlier version")
+    with pytest.raises(SettingsError, match=r"last\.pt .* begin a new one from the weights"):
         run.resume()
     recipe: Recipe = replace(run.recipe, network="huge")
     with pytest.raises(SettingsError, match="network = 'huge'"):

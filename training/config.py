@@ -183,8 +183,10 @@ class LoopRecipe:
 
     log_every_steps: int = 25
     checkpoint_minutes: float = 4.0
+    keep_checkpoints: int = 2  # the last ones
     sheet_minutes: float = 10.0
     evaluation_pairs: int = 32
+    tensorboard: bool = True  # where it is installed; curves.jsonl is always written
     compile: bool = False  # torch.compile: pays on a GPU, not on a CPU
     fused_norm: bool = True  # on a CPU: one C++ operation for norm, modulation and SiLU
     bf16: bool = True

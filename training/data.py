@@ -27,7 +27,7 @@ from diffusionact.landmarks import Landmarks
 from diffusionact.training.config import PoolRecipe, ShardsRecipe, StageRecipe, load_recipe
 from diffusionact.training.crossing import crossed
 from diffusionact.training.dataset import Dataset, Frames, Ints
-from diffusionact.training.inversions import InversionCache
+from diffusionact.training.inversions import AHEAD, InversionCache
 from diffusionact.training.share import WHOLE, Share
 
 FORMAT = 1
@@ -109,6 +109,11 @@ class Pool:
     def pictures(self, identity: Ints, frame: Ints) -> U8:
         """Returns uint8 [B,S,S,3] RGB, the frames' images alone."""
         return self.images[identity, frame]
+
+    def known(self, identity: Ints, frame: Ints) -> tuple[F32, F32, F32]:
+        """Returns points, gaze and parameters of the frames, as in `Frames`."""
+        at = identity, frame
+        return self.points[at], self.gaze[at], self.parameters[at]
 
     def draw(self, identity: Ints, frame: Ints) -> U8:
         """Returns the condition drawings: uint8 [B,S,S,3] RGB of the frames' landmarks."""
@@ -276,8 +281,8 @@ class PairSampler:
     def __call__(self, step: int) -> Batch:
         rng = np.random.default_rng((*self.seed, step))
         count = self.stage.batch
-        cached = round(self.stage.cached_noise * count) if len(self.cache) else 0
-        noise, identity, source = self.cache.pick(rng, cached)
+        cached = round(self.stage.cached_noise * count) if self.cache.seen(step) else 0
+        noise, identity, source = self.cache.pick(rng, cached, step)
         rest = count - cached
         people = rng.integers(self.identities, size=rest)
         identity = np.concatenate([identity, people])
@@ -325,7 +330,7 @@ class PairSampler:
 class Prefetcher(Generic[T]):
     """Calls `make(step)` for step, step + 1, ... in one thread, a few results ahead."""
 
-    def __init__(self, make: Callable[[int], T], first: int, depth: int = 3) -> None:
+    def __init__(self, make: Callable[[int], T], first: int, depth: int = AHEAD - 1) -> None:
         self._queue: queue.Queue[T | BaseException] = queue.Queue(depth)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(make, first), daemon=True)

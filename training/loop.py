@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import math
 import signal
@@ -20,20 +19,24 @@ import torch
 from torch import Tensor
 
 from diffusionact.errors import DeviceError, DiffusionActError, SettingsError
+from diffusionact.training import savepoints
 from diffusionact.training.config import Recipe, StageRecipe, load_recipe
 from diffusionact.training.critics import open_critics
+from diffusionact.training.curves import Curves
 from diffusionact.training.data import Batch, PairSampler, Prefetcher
 from diffusionact.training.dataset import Dataset, training_people
 from diffusionact.training.diffusion import invert, to_batch
 from diffusionact.training.distill import check_students, described
 from diffusionact.training.gather import gathered
-from diffusionact.training.inversions import InversionCache
+from diffusionact.training.inversions import AHEAD, InversionCache
 from diffusionact.training.inverted_sources import inverted_sources
 from diffusionact.training.losses import HeadTargets, head_targets
+from diffusionact.training.memory import forget_peak
 from diffusionact.training.models import fused_norm
-from diffusionact.training.muon import Muon
 from diffusionact.training.objective import Objective
-from diffusionact.training.shards import open_dataset
+from diffusionact.training.optimizers import make_optimizer
+from diffusionact.training.pace import Clock, fraction, rate
+from diffusionact.training.shards import open_dataset, origin_of
 from diffusionact.training.share import Share
 from diffusionact.training.sheets import held_out_pairs, scores, write_sheet
 from diffusionact.training.stages import STAGES, begin_stage, trained
@@ -61,10 +64,10 @@ def train(
     """
     recipe = load_recipe(recipe_path)
     folder = _folder(recipe, out)
-    if not resume and (folder / "last.pt").exists():
+    if not resume and (found := savepoints.newest(folder)):
         raise SettingsError(
-            f"{folder / 'last.pt'} is the checkpoint of another run, which a new one would "
-            "overwrite; go on with it by --resume, or name another folder with -o"
+            f"{found} is the checkpoint of another run, which a new one would overwrite; go on "
+            "with it by --resume, or name another folder with -o"
         )
     with join_world(choose_device(device), bf16=recipe.loop.bf16) as world:
         trainer = Trainer(recipe, folder, world)
@@ -88,7 +91,7 @@ def finish_early(recipe_path: str | Path, out: str | Path | None = None) -> Path
     progress, last = trainer.state.progress, len(recipe.stages) - 1
     if (progress.stage, progress.step) <= (last, 0):
         raise SettingsError(
-            f"{folder / 'last.pt'} is at stage {progress.stage + 1} of {last + 1}, step "
+            f"{folder}: the checkpoint is at stage {progress.stage + 1} of {last + 1}, step "
             f"{progress.step}: some networks are not trained at all; go on with --resume"
         )
     finish(trainer.state, recipe, Path(recipe.weights))
@@ -113,7 +116,7 @@ class TrainingDiverged(DiffusionActError):
 
 
 class Trainer:
-    """One run in a folder: last.pt, curves.jsonl, sheets."""
+    """One run in a folder: checkpoints, curves, sheets."""
 
     def __init__(self, recipe: Recipe, folder: Path, world: World) -> None:
         self.recipe, self.folder, self.world, self.device = recipe, folder, world, world.device
@@ -127,8 +130,10 @@ class Trainer:
             self.state.critics = open_critics(recipe.critics, recipe.criteria, self.device, masks)
         self.pairs = held_out_pairs(self.pool, recipe.pool.held_out, recipe.loop.evaluation_pairs)
         self.stop = self.asked_to_stop = False
-        self._optimizer_state: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] = {}  # the record of the checkpoint, until its stage begins
         folder.mkdir(parents=True, exist_ok=True)
+        self.curves: Curves | None = None
+        self.cache = self._empty_ring()
         if recipe.loop.fused_norm and self.device.type == "cpu":
             fused_norm.enable()
         if recipe.loop.compile:
@@ -137,11 +142,16 @@ class Trainer:
 
     def resume(self) -> None:
         """Goes back to the last checkpoint of the folder."""
-        self._optimizer_state = self.state.load(self.folder / "last.pt", self.recipe)
+        path = savepoints.newest(self.folder)
+        if path is None:
+            raise SettingsError(f"no checkpoint in {self.folder} to resume; run without --resume")
+        self._resumed = self.state.load(path, self.recipe)
 
     def run(self) -> bool:
         """Trains the stages that are left; True when all are done, False when stopped."""
-        with self._signals():
+        with self._signals(), contextlib.ExitStack() as stack:
+            if self.world.first:
+                self.curves = stack.enter_context(self._open_curves())
             while self.state.progress.stage < len(self.recipe.stages):
                 stage = self.recipe.stages[self.state.progress.stage]
                 self._begin(stage)
@@ -150,9 +160,11 @@ class Trainer:
                     self.save()
                     return False
                 self.sheet(stage)
+                if self.curves is not None:
+                    self.curves.stage_is_over(stage.kind, self.state.progress)
                 self.state.restart_from_average()
                 self.state.progress.next_stage()
-                self.state.optimizer, self._optimizer_state = None, None
+                self.state.optimizer, self.cache = None, self._empty_ring()
                 self.save()
         return True
 
@@ -164,12 +176,14 @@ class Trainer:
         if fresh and stage.kind != "autoencoder" and all(s.kind == "autoencoder" for s in earlier):
             self.state.start_reenactment(stage.drawing_gain)
         begin_stage(self.state, self.recipe, stage)
-        self.state.optimizer = _optimizer(self.state, stage, self.device)
-        if self._optimizer_state is not None:
-            self.state.optimizer.load_state_dict(self._optimizer_state)
+        optimizer = make_optimizer(self.state, stage)
+        self.state.optimize_with(optimizer)
         objective = Objective(self.state, self.recipe, stage)
-        self.objective, self.optimizer = self.world.wrap(objective, self.state.optimizer)
-        self.cache = InversionCache(self.recipe.inversions.capacity, self.pool.size)
+        self.objective, self.optimizer = self.world.wrap(objective, optimizer)
+        self.cache = self._empty_ring()
+        ring = self._resumed.get("ring", savepoints.NO_RING)
+        savepoints.restore_ring(self.folder, self.state.progress.stage, ring, self.cache)
+        self._resumed = {}
         self.sources = None
         if STAGES[stage.kind].NOISE == "sources":
             if "unet" in trained(stage):
@@ -187,15 +201,18 @@ class Trainer:
         seed, share = (self.recipe.seed, self.state.progress.stage), self.world.share
         sampler = PairSampler(self.pool, self.identities, stage, self.cache, seed, share)
         batches = Prefetcher(sampler, self.state.progress.step)
-        clock = _Clock(self.state.progress.seconds)
-        curve = _Curve(self.folder / "curves.jsonl", self.recipe.loop.log_every_steps, self.state)
+        clock = Clock(self.state.progress.seconds)
+        forget_peak(self.device)
+        if self.curves is not None:
+            self.curves.begin(self.state.progress.seen)
         saved = sheeted = time.monotonic()
         try:
             while not self.stop and fraction(stage, self.state) < 1:
                 self._refresh(stage)
                 parts = self._step(stage, next(batches), clock)
-                if self.world.first:
-                    curve.add(self.state, stage, parts)
+                if self.curves is not None:
+                    over = fraction(stage, self.state)
+                    self.curves.add(stage.kind, self.state.progress, over, parts)
                 now = time.monotonic()
                 if now - sheeted > 60 * self.recipe.loop.sheet_minutes:
                     self.sheet(stage)
@@ -206,7 +223,7 @@ class Trainer:
         finally:
             batches.close()
 
-    def _step(self, stage: StageRecipe, batch: Batch, clock: _Clock) -> dict[str, float]:
+    def _step(self, stage: StageRecipe, batch: Batch, clock: Clock) -> dict[str, float]:
         """Returns the parts of the loss, after one step of the optimiser on the whole batch."""
         state, progress, optimizer = self.state, self.state.progress, self.optimizer
         for group in optimizer.param_groups:
@@ -249,7 +266,7 @@ class Trainer:
         if not all(math.isfinite(value) for value in parts.values()):
             raise TrainingDiverged(
                 f"step {self.state.progress.step}: {parts}, wanted finite numbers; "
-                f"{self.folder / 'last.pt'} is from before: go on with --resume, lower lr, or "
+                f"the checkpoint in {self.folder} is from before: go on with --resume, lower lr, or "
                 "set fused_norm = false in [loop]"
             )
 
@@ -282,7 +299,8 @@ class Trainer:
                 z = ema["reenactment"](source, drawing).float()
             unet = ema["inverter" if "inverter" in ema else "unet"]
             x_T = invert(unet, self.state.config.prediction, source, z, recipe.steps)
-        self.cache.add(gathered(x_T.half()).cpu().numpy(), identity, frame)
+        noise = gathered(x_T.half()).cpu().numpy()
+        self.cache.add(noise, identity, frame, self.state.progress.step)
 
     def sheet(self, stage: StageRecipe) -> dict[str, float]:
         """Writes a sample sheet, logs its PSNRs and returns them; one process does it for all."""
@@ -294,14 +312,33 @@ class Trainer:
             return {}
         psnrs = scores(rows, self.pairs)
         name = f"{self.state.progress.stage}-{stage.kind}-{self.state.progress.images:08d}"
-        write_sheet(self.folder / f"sheet-{name}.png", rows, self.pairs, psnrs)
-        _append(self.folder / "curves.jsonl", {"sheet": name, "psnr": psnrs})
-        log.info("sheet %s: %s", name, ", ".join(f"{k} {v:.1f}" for k, v in psnrs.items()))
+        picture = write_sheet(self.folder / f"sheet-{name}.png", rows, self.pairs, psnrs)
+        if self.curves is not None:
+            self.curves.sheet(name, psnrs, picture, self.state.progress.seen)
         return psnrs
 
     def save(self) -> None:
-        if self.world.first:
-            self.state.save(self.folder / "last.pt", self.recipe)
+        """Writes a checkpoint, and what the inversions' ring took in since the one before."""
+        if not self.world.first:
+            return
+        record, progress = self.state.record(self.recipe), self.state.progress
+        record["curves"] = self.curves.record() if self.curves else None
+        record["ring"] = savepoints.save_ring(self.folder, progress.stage, self.cache)
+        path = savepoints.path_of(self.folder, progress.stage, progress.step)
+        savepoints.write(path, self.state.tensors(), record)
+        savepoints.thin_out(self.folder, self.recipe.loop.keep_checkpoints)
+
+    def _open_curves(self) -> Curves:
+        loop = self.recipe.loop
+        curves = Curves(self.folder, loop.log_every_steps, self.device, board=loop.tensorboard)
+        if self._resumed:
+            curves.resume(self._resumed["curves"], self.state.progress.seen)
+        return curves
+
+    def _empty_ring(self) -> InversionCache:
+        recipe = self.recipe.inversions
+        spare = min(recipe.fill, recipe.capacity) + (AHEAD + 1) * recipe.batch
+        return InversionCache(recipe.capacity, self.pool.size, spare)
 
     def _generator(self) -> torch.Generator:
         """The random numbers of this step, the same in an unbroken and a resumed run."""
@@ -327,57 +364,6 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-class _Clock:
-    """Seconds of training, those of earlier calls included."""
-
-    def __init__(self, before: float) -> None:
-        self._start = time.monotonic() - before
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._start
-
-
-class _Curve:
-    """Means of the losses over `every` steps, as lines of JSON."""
-
-    def __init__(self, path: Path, every: int, state: State) -> None:
-        self._path, self._every, self._rows = path, every, list[dict[str, float]]()
-        self._start, self._seen = time.monotonic(), state.progress.seen
-
-    def add(self, state: State, stage: StageRecipe, parts: dict[str, float]) -> None:
-        self._rows.append(parts)
-        if len(self._rows) < self._every:
-            return
-        means = {k: float(np.mean([row[k] for row in self._rows])) for k in parts}
-        progress = state.progress
-        rate_per_s = (progress.seen - self._seen) / (time.monotonic() - self._start)
-        record = {
-            "stage": stage.kind, "step": progress.step, "images": progress.images,
-            "seen": progress.seen, "seconds": round(progress.seconds, 1),
-            "fraction": round(fraction(stage, state), 4), "images_per_s": round(rate_per_s, 1),
-            **{name: round(value, 5) for name, value in means.items()},
-        }  # fmt: skip
-        _append(self._path, record)
-        log.info("%s", " ".join(f"{k}={v}" for k, v in record.items()))
-        self._rows, self._start, self._seen = [], time.monotonic(), progress.seen
-
-
-def fraction(stage: StageRecipe, state: State) -> float:
-    """Returns how much of the stage is over: 0..1 by images or by time, whichever is more."""
-    by_images = state.progress.images / stage.images
-    by_time = state.progress.seconds / (60 * stage.minutes) if stage.minutes else 0.0
-    return min(1.0, max(by_images, by_time))
-
-
-def rate(stage: StageRecipe, state: State) -> float:
-    """Returns the factor on the learning rate: a linear warm-up, then half a cosine down to 0, or
-    1 to the end."""
-    warm = min(1.0, (state.progress.step + 1) / max(stage.warmup_steps, 1))
-    if stage.constant_lr:
-        return warm
-    return warm * 0.5 * (1 + math.cos(math.pi * fraction(stage, state)))
-
-
 def finish(state: State, recipe: Recipe, path: Path) -> None:
     """Writes the weights that the bundle is exported from: the averages, in half precision, with
     where they came from."""
@@ -386,7 +372,7 @@ def finish(state: State, recipe: Recipe, path: Path) -> None:
     provenance = {
         "recipe": recipe.name, "recipe_sha256": recipe.digest, "commit": _commit(),
         "earlier_recipes_sha256": state.earlier_recipes, "images_seen": state.progress.seen,
-        "complete": state.progress.stage >= len(recipe.stages), "data": "rendered faces",
+        "complete": state.progress.stage >= len(recipe.stages), **origin_of(recipe.pool),
     }  # fmt: skip
     parts = {"render": state.ema["unet"], "encoder": state.ema["encoder"],
              "reenactment": state.ema["reenactment"]}  # fmt: skip
@@ -412,37 +398,6 @@ def _statistics(pool: Dataset, identities: int) -> HeadTargets:
     identity = rng.integers(identities, size=STATISTICS_FRAMES)
     frame = rng.integers(pool.count(identity), size=STATISTICS_FRAMES)
     return head_targets(*pool.known(identity, frame))
-
-
-def _optimizer(state: State, stage: StageRecipe, device: torch.device) -> torch.optim.Optimizer:
-    factors = {"unet": stage.unet_lr, "heads": stage.heads_lr}
-    if stage.kind == "reenact":
-        factors["encoder"] = stage.encoder_lr
-    groups = []
-    for name in trained(stage):
-        ends: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
-        for key, parameter in state.live[name].named_parameters():
-            ends[name == "heads" or _is_end(key)].append(parameter)
-        lr = {"lr": stage.lr, "base_lr": stage.lr * factors.get(name, 1.0)}
-        groups += [
-            {"params": parameters, "matrices": not end, **lr}
-            for end, parameters in ends.items()
-            if parameters
-        ]
-    if stage.matrix_lr > 0:
-        return Muon(groups, matrix_lr=stage.matrix_lr, weight_decay=stage.weight_decay)
-    return torch.optim.AdamW(groups, weight_decay=stage.weight_decay, fused=True)
-
-
-def _is_end(key: str) -> bool:
-    """Whether the parameter makes an output whose scale matters (z, a picture, a coordinate): no
-    norm follows that would forgive Muon's long steps."""
-    return "out" in key.split(".") or "keypoint_map" in key
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def main() -> None:

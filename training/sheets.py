@@ -130,8 +130,9 @@ def scores(rows: dict[str, U8], pairs: Pairs) -> dict[str, float]:
     return {name: round(value, 2) for name, value in result.items()}
 
 
-def write_sheet(path: Path, rows: dict[str, U8], pairs: Pairs, psnrs: dict[str, float]) -> None:
-    """Writes the PNG: one row per kind of picture, its name and PSNR at the left."""
+def write_sheet(path: Path, rows: dict[str, U8], pairs: Pairs, psnrs: dict[str, float]) -> U8:
+    """Returns the sheet, uint8 [H,W,3] RGB, written as a PNG: one row per kind of picture, its name
+    and PSNR at the left."""
     strips = []
     for name, row in {"source": pairs.source, **rows, "target": pairs.target,
                       "condition": pairs.condition}.items():  # fmt: skip
@@ -142,6 +143,8 @@ def write_sheet(path: Path, rows: dict[str, U8], pairs: Pairs, psnrs: dict[str, 
             cv2.putText(label, text, (4, 55), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1,
                         cv2.LINE_AA)  # fmt: skip
         strips.append(np.concatenate([label, *row[:COLUMNS]], axis=1))
+    sheet = np.concatenate(strips)
     part = path.with_name(f".part-{path.name}")
-    cv2.imwrite(str(part), cv2.cvtColor(np.concatenate(strips), cv2.COLOR_RGB2BGR))
+    cv2.imwrite(str(part), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
     os.replace(part, path)
+    return sheet

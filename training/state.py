@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusionact.errors import SettingsError
-from diffusionact.training import weights
+from diffusionact.training import savepoints, weights
 from diffusionact.training.config import Recipe
 from diffusionact.training.critics import Critics
 from diffusionact.training.losses import Heads, HeadTargets
@@ -25,7 +24,6 @@ from diffusionact.training.weights_folder import MODEL_FILE
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
 BACKGROUND = 1 / 127.5 - 1  # of a drawing, as the network sees it
 
 
@@ -94,6 +92,7 @@ class State:
         self.progress = Progress()
         self.earlier_recipes: list[str] = []
         self.optimizer: torch.optim.Optimizer | None = None
+        self._memory: dict[str, Tensor] = {}  # of the optimiser, from a checkpoint
         self.has_reenactment = False
         if recipe.start:
             self._start_from(_start(recipe))
@@ -182,47 +181,41 @@ class State:
             fresh = [p.data for p in self.live[name].parameters()]
             torch._foreach_lerp_(averaged, fresh, 1 - decay)
 
-    def save(self, path: Path, recipe: Recipe) -> None:
-        """Writes the checkpoint, whole or not at all."""
-        content = {
-            "format": FORMAT,
-            "recipe": recipe.digest,
-            "earlier_recipes": self.earlier_recipes,
-            "progress": vars(self.progress),
-            "live": self.live.state_dict(),
-            "ema": self.ema.state_dict(),
-            "invert": self.invert.state_dict() if self.invert else None,
-            "before": self.before.state_dict() if self.before else None,
-            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
-        }
-        part = path.with_name(f".part-{path.name}")
-        torch.save(content, part)
-        os.replace(part, path)
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns all that a checkpoint holds of the networks and the optimiser, by name."""
+        found: dict[str, Tensor] = {}
+        for part, network in self._parts().items():
+            found |= savepoints.named(part, network.state_dict().items())
+        if self.optimizer is not None:
+            memory = savepoints.optimizer_tensors(self.optimizer, self._names())
+            found |= savepoints.named("optimizer", memory.items())
+        return found
 
-    def load(self, path: Path, recipe: Recipe) -> dict[str, Any] | None:
-        """Takes over the checkpoint; returns the optimiser's state, if it holds one. A recipe that
-        was edited since is taken, with a warning.
+    def record(self, recipe: Recipe) -> dict[str, Any]:
+        """Returns what a checkpoint says beside the tensors, as JSON values."""
+        return {"recipe": recipe.digest, "earlier_recipes": self.earlier_recipes,
+                "progress": vars(self.progress)}  # fmt: skip
+
+    def load(self, path: Path, recipe: Recipe) -> dict[str, Any]:
+        """Takes over the checkpoint, but for the optimiser's memory, which waits for the optimiser;
+        returns its record. A recipe that was edited since is taken, with a warning.
 
         Raises:
-            SettingsError: no checkpoint there, or of another format or network.
+            SettingsError: it is of another format or network.
         """
-        if not path.exists():
-            raise SettingsError(f"no checkpoint {path} to resume from; run without --resume")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if content.get("format") != FORMAT:
-            raise SettingsError(f"{path}: format {content.get('format')}, wanted {FORMAT}")
+        tensors, content = savepoints.read(path)
         try:
-            self.live.load_state_dict(content["live"])
-            self.ema.load_state_dict(content["ema"])
-            if content.get("invert"):  # not in older checkpoints
-                self._invert_with(content["invert"])
-            if content.get("before"):
-                self.keep_before(sorted({name.split(".")[0] for name in content["before"]}))
-                cast(nn.ModuleDict, self.before).load_state_dict(content["before"])
+            if kept := savepoints.under("invert", tensors):
+                self._invert_with(kept)
+            if before := savepoints.under("before", tensors):
+                self.keep_before(sorted({name.split(".")[0] for name in before}))
+            for part, network in self._parts().items():
+                network.load_state_dict(savepoints.under(part, tensors))
         except RuntimeError as error:
             raise SettingsError(f"{path} holds another network than the recipe: {error}") from error
+        self._memory = savepoints.under("optimizer", tensors)
         self.progress = Progress(**content["progress"])
-        self.earlier_recipes = [*content.get("earlier_recipes", [])]  # not in older checkpoints
+        self.earlier_recipes = content["earlier_recipes"]
         if content["recipe"] != recipe.digest:
             self.earlier_recipes.append(content["recipe"])
             log.warning(
@@ -230,5 +223,27 @@ class State:
                 "either of them says alone; the weights will name both",
                 path, content["recipe"], recipe.digest,
             )  # fmt: skip
-        optimizer: dict[str, Any] | None = content["optimizer"]
-        return optimizer
+        return content
+
+    def optimize_with(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the optimiser, which remembers from here what the checkpoint holds of it, if the
+        state was just loaded.
+
+        Raises:
+            SettingsError: the checkpoint's stage trains other parameters.
+        """
+        self.optimizer, memory, self._memory = optimizer, self._memory, {}
+        try:
+            savepoints.restore_optimizer(optimizer, self._names(), memory)
+        except KeyError as error:
+            raise SettingsError(
+                f"the checkpoint remembers {error}, which the stage does not train: the recipe's "
+                "stages were changed; begin anew, with `start` and another folder"
+            ) from error
+
+    def _parts(self) -> dict[str, nn.Module]:
+        parts = {"live": self.live, "ema": self.ema, "invert": self.invert, "before": self.before}
+        return {name: network for name, network in parts.items() if network is not None}
+
+    def _names(self) -> dict[Tensor, str]:
+        return {parameter: name for name, parameter in self.live.named_parameters()}

@@ -100,7 +100,6 @@ def join_world(device: torch.device, *, bf16: bool = False) -> Iterator[World]:
     strategy = DDPStrategy(
         process_group_backend="nccl" if device.type == "cuda" else "gloo",
         find_unused_parameters=True,  # a stage may leave parts of its networks out
-        broadcast_buffers=False,  # they are constants
         gradient_as_bucket_view=True,
         bucket_cap_mb=BUCKET_MB,
     )
