@@ -38,7 +38,6 @@ from diffusionact.training.data import Pool
 from diffusionact.training.loop import train
 from diffusionact.training.models.judge import Judge, load_judge
 from diffusionact.training.savepoints import PATTERN, newest
-from diffusionact.training.savepoints import PATTERN, newest
 
 if sys.version_info >= (3, 11):
     import tomllib
