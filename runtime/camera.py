@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 URL_SCHEMES = ("http://", "https://", "rtsp://", "rtmp://", "udp://", "tcp://", "srt://")
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 5.0  # between tries to open a camera again
 BELIEVED_NS = NS  # a driver's time of capture is taken when it lies this far back at most
+MOST_LATE_NS = NS // 5  # that a clip's frame comes after it is due
 OPENCV_SILENT = 0
 NETWORK_TIMEOUT_S = 5.0
 # What FFmpeg would gather before the first picture is only delay.
@@ -203,7 +204,8 @@ def _open_stream(spec: str) -> Pictures:
 @dataclass(frozen=True)
 class ClipCamera:
     """A clip in a camera's place. realtime: its frames come when they are due, their time is that
-    moment, and what is not taken is lost; otherwise each waits to be taken."""
+    moment, and what is not taken is lost; otherwise each waits to be taken. Where a clip is read
+    more slowly than it plays, it plays as slowly: a camera's pictures do not grow old in it."""
 
     clip: Reader
     realtime: bool = True
@@ -247,6 +249,9 @@ class ClipCamera:
                 due_ns = begun_ns + frame.pts_ns
                 if self._closed.wait(max(due_ns - time.monotonic_ns(), 0) / NS):
                     return
+                late_ns = time.monotonic_ns() - due_ns
+                if late_ns > MOST_LATE_NS:  # it cannot be read so fast: its clock waits for it
+                    begun_ns, due_ns = begun_ns + late_ns, due_ns + late_ns
                 yield replace(frame, pts_ns=due_ns)
                 end_ns = due_ns + (frame.duration_ns or FRAME_NS)
             if not self.loop or end_ns == begun_ns:  # a clip without a frame would loop in no time

@@ -17,6 +17,7 @@ from diffusionact.errors import MediaError, SettingsError
 from diffusionact.landmarks import Landmarks, Track
 from diffusionact.runtime import camera as camera_module
 from diffusionact.runtime.camera import (
+    MOST_LATE_NS,
     CameraError,
     ClipCamera,
     DeviceCamera,
@@ -96,6 +97,22 @@ def test_a_looped_clip_takes_its_time_whatever_its_file_says() -> None:
             camera.close()
     assert np.diff(due).tolist() == [FRAME_NS] * 2
     assert list(ClipCamera(Bare([]), loop=True)) == []
+
+
+@dataclass(frozen=True)
+class Slow(Bare):
+    """A clip of which a frame takes longer to read than it lasts."""
+
+    def __iter__(self) -> Iterator[Frame]:
+        for frame in self.frames:
+            time.sleep(0.06)
+            yield frame
+
+
+def test_the_frames_of_a_clip_that_is_read_slowly_do_not_grow_old() -> None:
+    clip = Slow([Frame(grey(9), i * 10_000_000) for i in range(20)])
+    ages_ns = [time.monotonic_ns() - frame.pts_ns for frame in ClipCamera(clip)]
+    assert max(ages_ns) < MOST_LATE_NS + CLOCK_NS  # 20 frames, each 50 ms later than it should be
 
 
 def test_a_clip_that_is_not_by_the_clock_waits_to_be_taken(face: Landmarks) -> None:
