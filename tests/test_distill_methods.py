@@ -1,5 +1,5 @@
-"""Consistency and progressive distillation: their targets against the teacher's own steps, exact few-
-step maps of a linear toy as their fixed points, and a gradient into the student alone."""
+"""Consistency and progressive distillation: their targets against the teacher's own steps, the
+exact few-step map of a linear toy as their fixed point, and a gradient into the student alone."""
 
 from __future__ import annotations
 

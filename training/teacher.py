@@ -25,8 +25,10 @@ class Teacher:
     prediction: Prediction
 
     @torch.no_grad()
-    def code(self, source: Tensor, condition: Tensor) -> Tensor:
-        """Returns its z float32 [B,E] of source and drawing [B,3,S,S]."""
+    def code(self, source: Tensor | None, condition: Tensor | None) -> Tensor:
+        """Returns its z float32 [B,E] of source and drawing [B,3,S,S]; a student's batches have
+        both."""
+        assert source is not None and condition is not None
         z: Tensor = self.reenactment(source, condition).float()
         return z
 

@@ -81,7 +81,7 @@ def loss(
 
 @lru_cache(maxsize=32)
 def tables(steps: tuple[int, ...], substeps: int, *, up: bool) -> Segments:
-    """Returns the segments of the student's timesteps with so many of the teacher's steps in each."""
+    """Returns the segments of the student's timesteps, each as so many of the teacher's steps."""
     return segments(steps, divided(steps, substeps, up=up), up=up)
 
 

@@ -1,5 +1,5 @@
-"""Method "progressive": N of the teacher's steps become one of the student's, which is the teacher of
-the next round.
+"""Method "progressive": N of the teacher's steps become one of the student's, which is the teacher
+of the next round.
 
 A stage of this method is a round. It teaches the student to render at the timesteps `render` and
 to invert at `invert` (none: the student's own), which must be among those of the round before; the
@@ -7,8 +7,8 @@ first round's teacher takes `substeps` within each of its steps. The teacher is 
 were when the round began. Of the student's step counts, those of earlier rounds are practised on
 in their shares, so that one network knows them all: their target is what the teacher says itself.
 
-Source: Progressive Distillation (Salimans & Ho), Algorithm 2, for DDIM in both directions. The error
-of the picture counts alike at all noise levels, as it does in method "sampler".
+Source: Progressive Distillation (Salimans & Ho), Algorithm 2, for DDIM in both directions. The
+error of the picture counts alike at all noise levels, as it does in method "sampler".
 """
 
 from __future__ import annotations

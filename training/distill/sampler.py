@@ -55,7 +55,7 @@ def last_terms(
     state: State, sample: Sample, recipe: Recipe, last: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns what is asked of the last estimate [B,3,S,S] beside its error, weighted, and its
-    parts: fine detail, the teacher's picture, the eight losses; each where its weight is above 0."""
+    parts: fine detail, the teacher's picture, the eight losses, where their weights are above 0."""
     student, parts = recipe.student, dict[str, Tensor]()
     total = last.new_zeros(())
     if recipe.loss.texture:
@@ -80,7 +80,7 @@ def last_terms(
 
 @torch.no_grad()
 def teacher_picture(state: State, sample: Sample, steps: int) -> Tensor:
-    """Returns the picture [B,3,S,S] that the teacher renders from the same noise in so many steps."""
+    """Returns the picture [B,3,S,S] that the teacher renders from the same noise in these steps."""
     assert state.teacher is not None
     teacher = state.teacher
     z = teacher.code(sample.source, sample.condition)

@@ -1,5 +1,5 @@
-"""A student's steps with the teacher's finer ones inside them, in both directions, and the equations
-that lead from one end of a step to the other.
+"""A student's steps with the teacher's finer ones inside them, in both directions, and the
+equations that lead from one end of a step to the other.
 
 Notation: x_t = alpha_t x_0 + sigma_t eps, alpha_t^2 the schedule's alpha_bar, sigma_t^2 the rest;
 a student's step goes from t to s.

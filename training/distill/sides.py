@@ -1,4 +1,4 @@
-"""The two directions of a student whose encoders do not move: down to the picture, up to the noise."""
+"""The two directions of a student whose encoders do not move: to the picture, and to its noise."""
 
 from __future__ import annotations
 
