@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="times the recipe's pictures")
     parser.add_argument("--minutes", type=float, help="of each run at most")
     parser.add_argument("--only", default="", help="runs whose name holds this")
+    parser.add_argument("--part", default="", choices=("", "protocol", "distillation"))
     parser.add_argument("--table", action="store_true", help="only write what is there")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -153,14 +154,16 @@ def main() -> None:
     folder = arguments.runs
     runs = plan(folder, seeds, arguments.scale, arguments.minutes)
     for run in runs:
-        if arguments.table or arguments.only not in run.name:
+        of_students = run.part == "distillation"
+        left_out = arguments.part and of_students != (arguments.part == "distillation")
+        if arguments.table or arguments.only not in run.name or left_out:
             continue
         try:
             carry_out(run, folder)
             score(run, folder)
         except DiffusionActError as error:
             LOG.error("%s: not run: %s", run.name, error)
-    if not arguments.only:
+    if not (arguments.only or arguments.part or arguments.table):
         pool = runs[0].recipe["pool"]
         yardsticks(folder, *instruments(pool["folder"], pool["held_out"]), "full-joint-1")
     LOG.info("%s", ablation_table.write(runs, folder, ROOT))

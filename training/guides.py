@@ -171,8 +171,9 @@ def train(recipe: GuideRecipe, pool: Pool) -> Guide:
     identities = trained_identities(recipe.pool, pool, recipe.held_out)
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
-    sizes = {name: tuple(v) if isinstance(v, list) else v for name, v in recipe.sizes.items()}
-    guide = Guide(GuideConfig(pool.size, **sizes))
+    sizes: dict[str, Any] = {"image_size": pool.size}
+    sizes |= {name: tuple(v) if isinstance(v, list) else v for name, v in recipe.sizes.items()}
+    guide = Guide(GuideConfig(**sizes))
     looks = nn.Linear(guide.config.embed, len(PERSON_COLUMNS))  # only to learn from
     both = nn.ModuleList([guide, looks])
     both.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
