@@ -12,17 +12,23 @@ import numpy.typing as npt
 
 from diffusionact.errors import BundleError
 
-HALVED = ".float16"  # ends the name of a float32 initialiser that is stored so (export/to_onnx.py)
+# What export/to_onnx.py writes:
+HALVED = ".float16"  # ends the name of a float32 initialiser that is stored so
+SAME = "same as: "  # begins a note: this name, stored once with an equal one
 
 # Field numbers and values of onnx.proto, which never change.
-_GRAPH, _INITIALISER = 7, 5
+_GRAPH, _INITIALISER, _NOTE = 7, 5, 14
 _DIMS, _TYPE, _NAME, _RAW = 1, 2, 8, 9
-_TYPES = {1: np.dtype("<f4"), 10: np.dtype("<f2")}
+_KEY, _VALUE = 1, 2
+_TYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 10: np.dtype("<f2")}
+
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def initialisers(path: Path) -> dict[str, npt.NDArray[Any]]:
     """Return name -> values, float16 or float32 as stored, of an ONNX file; integers are left out.
+
+    Names are those of the parameters that were exported, without `HALVED`.
 
     Raises: BundleError when the file cannot be read as one.
     Source: onnx.proto, ModelProto; the Protocol Buffers wire format.
@@ -30,11 +36,20 @@ def initialisers(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
         content = memoryview(path.read_bytes())
         named = (_tensor(t) for g in _fields(content, _GRAPH) for t in _fields(g, _INITIALISER))
-        return {name: values for name, values in named if values is not None}
+        found = {n.removesuffix(HALVED): values for n, values in named if values is not None}
+        notes = dict(_note(note) for note in _fields(content, _NOTE))
+        same = {n.removeprefix(SAME): of for n, of in notes.items() if n.startswith(SAME)}
+        return found | {name: found[of].copy() for name, of in same.items()}
     except OSError as error:
         raise BundleError(f"{path}: not readable ({error.strerror})") from error
-    except (ValueError, IndexError) as error:
+    except (ValueError, LookupError) as error:
         raise BundleError(f"{path}: not an ONNX file, or damaged ({error})") from error
+
+
+def _note(message: memoryview) -> tuple[str, str]:
+    """Key and value of a StringStringEntryProto."""
+    parts = {number: value for number, _, value in _parts(message)}
+    return bytes(parts[_KEY]).decode(), bytes(parts[_VALUE]).decode()
 
 
 def _tensor(message: memoryview) -> tuple[str, npt.NDArray[Any] | None]:

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from diffusionact.files import write_whole
-from diffusionact.graph_file import HALVED
+from diffusionact.graph_file import HALVED, SAME
 from diffusionact.manifest import TensorSpec
 
 OPSET = 21
@@ -36,6 +36,7 @@ def export(
     if computed:
         raise RuntimeError(f"{path.name}: the graph computes shapes with {computed}")
     strip(model)
+    note_merged(model, module)
     store_as_float16(model)
     onnx.checker.check_model(model, full_check=True)
     write_whole(path, model.SerializeToString(deterministic=True))
@@ -93,6 +94,18 @@ def strip(model: onnx.ModelProto) -> None:
         node.doc_string = ""
     for value in (*model.graph.input, *model.graph.output):
         del value.metadata_props[:]
+
+
+def note_merged(model: onnx.ModelProto, module: nn.Module) -> None:
+    """Nothing; tracing keeps equal parameters once: the others' names are noted in the file, so
+    that all weights can be had back out of it."""
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    kept = {(values.shape, values.tobytes()): name for name, values in stored.items()}
+    for name, parameter in module.named_parameters():
+        values = parameter.detach().numpy()
+        equal = kept.get((values.shape, values.tobytes()))
+        if name not in stored and equal is not None:
+            model.metadata_props.add(key=SAME + name, value=equal)
 
 
 def store_as_float16(model: onnx.ModelProto) -> None:

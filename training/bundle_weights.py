@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffusionact import manifest as manifest_file
 from diffusionact.errors import BundleError
-from diffusionact.graph_file import HALVED, initialisers
+from diffusionact.graph_file import initialisers
 from diffusionact.manifest import Manifest
 from diffusionact.training.models import NetworkConfig, ReenactmentEncoder, UNet
 from diffusionact.training.weights import Student, Weights
@@ -71,8 +71,7 @@ def _unfolded(value: str | int | float) -> Any:
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    found = initialisers(file).items()
-    return {name.removesuffix(HALVED): torch.from_numpy(values) for name, values in found}
+    return {name: torch.from_numpy(values) for name, values in initialisers(file).items()}
 
 
 def _unet(unet: UNet, stored: Mapping[str, Mapping[str, Tensor]], suffix: str) -> dict[str, Tensor]:
