@@ -45,14 +45,13 @@ batch = 2
 [loop]
 log_every_steps = 4
 checkpoint_minutes = 0
-sheet_minutes = 1000
-evaluation_pairs = 1
+sheet_minutes = 0
 fused_norm = false
 bf16 = false
 [[stages]]
 kind = "autoencoder"
-images = 48
-batch = 4
+images = 24
+batch = 2
 cached_noise = 0.5
 cached_from = 0.0
 matrix_lr = 0.01
@@ -96,7 +95,7 @@ def curve(folder: Path) -> list[dict[str, object]]:
 
 
 def test_a_run_killed_and_resumed_is_the_run_that_was_not(folder: Path) -> None:
-    """To the last bit of the weights and of the curve, ring of inversions and sheet included."""
+    """To the last bit of the weights and of the curve, ring of inversions included."""
     (folder / "tiny.toml").write_text(TEXT.format(folder=folder))
     train(folder, "whole")
     with pytest.raises(Killed):
@@ -108,7 +107,7 @@ def test_a_run_killed_and_resumed_is_the_run_that_was_not(folder: Path) -> None:
     assert halves.read_bytes() == whole.read_bytes()
     found = curve(folder / "halves")
     assert found == curve(folder / "whole")
-    assert [line.get("step") for line in found] == [4, 8, 12, None, None]
+    assert [line.get("step") for line in found] == [4, 8, 12, None]
     assert not list((folder / "halves").glob(".part-*"))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from tests.test_training import TINY, write_pool
 
 pytestmark = pytest.mark.torch
 
-# Sums of float32 in another order, through four steps of Muon, whose iteration is in bfloat16.
-CURVE_TOLERANCE = 2e-3
+# Sums of float32 in another order, and Muon, whose iteration is in bfloat16; 2.5e-5 was seen.
+CURVE_TOLERANCE = 2e-4
 CPU = torch.device("cpu")
 
 TEXT = """
@@ -39,16 +38,17 @@ held_out = 2
 log_every_steps = 1
 fused_norm = false
 bf16 = false
-evaluation_pairs = 1
+sheet_minutes = 0
 [[stages]]
 kind = "autoencoder"
-images = 24
+images = 16
 batch = 8
 cached_noise = 0.0
 accumulate = {accumulate}
+matrix_lr = 0.02
 [[stages]]
 kind = "reenact"
-images = 32
+images = 16
 batch = 8
 cached_noise = 0.0
 encoder_lr = 1.0
@@ -56,16 +56,30 @@ drawing_gain = 1.0
 """
 
 
-def in_two_processes(work: Callable[[int, str], None], folder: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        (folder / "port").write_text(str(server.getsockname()[1]))
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+WORKS = ("agree", "train")
 
 
-def join_as(rank: int, folder: str) -> None:
+def be_one_of_two(rank: int, folder: str) -> None:
+    """All that the two processes do, each work in a world of its own: to begin them takes longer."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=Path(folder, "port").read_text())
     torch.set_num_threads(1)
+    for name, work in zip(WORKS, (agree_in_one_of_two, train_in_one_of_two), strict=True):
+        port = Path(folder, f"port of {name}").read_text()
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        work(rank, folder)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes have done their works."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in WORKS:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            (folder / f"port of {name}").write_text(str(server.getsockname()[1]))
+    write_pool(folder / "pool")
+    (folder / "tiny.toml").write_text(TEXT.format(folder=folder, accumulate=2))
+    torch.multiprocessing.spawn(be_one_of_two, (str(folder),), nprocs=2)
+    return folder
 
 
 class Sum(nn.Module):
@@ -81,8 +95,7 @@ class Sum(nn.Module):
 
 
 def agree_in_one_of_two(rank: int, folder: str) -> None:
-    """What each process does; its answers go to a file."""
-    join_as(rank, folder)
+    """Leaves its answers in a file."""
     with join_world(CPU) as world:
         model = Sum()
         wrapped, optimizer = world.wrap(model, torch.optim.SGD(model.parameters(), lr=1.0))
@@ -102,10 +115,9 @@ def agree_in_one_of_two(rank: int, folder: str) -> None:
     Path(folder, f"{rank}.json").write_text(json.dumps([answer, own]))
 
 
-def test_two_processes_agree(tmp_path: Path) -> None:
-    in_two_processes(agree_in_one_of_two, tmp_path)
+def test_two_processes_agree(two: Path) -> None:
     (first, own), (second, others) = (
-        json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)
+        json.loads((two / f"{rank}.json").read_text()) for rank in (0, 1)
     )
     assert own == {"first": True, "share": [0, 2], "apart": 1.0}, "not exchanged before the last"
     assert others == {"first": False, "share": [1, 2], "apart": 3.0}
@@ -149,30 +161,28 @@ def test_shares_are_contiguous_and_whole() -> None:
 
 
 def train_in_one_of_two(rank: int, folder: str) -> None:
-    join_as(rank, folder)
     state.PRESETS = {"tiny": replace(TINY, channels=64)}
     loop.train(Path(folder) / "tiny.toml", out=Path(folder) / "two", device="cpu")
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "curves.jsonl").read_text().splitlines()]
-    timed = ("seconds", "images_per_s", "stage")
+    timed = ("seconds", "images_per_s", "peak_memory_mb", "stage")
     return [{k: v for k, v in line.items() if k not in timed} for line in lines if "step" in line]
 
 
-def test_two_processes_learn_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_learn_what_one_does(
+    two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same curve at the same batch; and at the same batch in turns."""
     monkeypatch.setattr(state, "PRESETS", {"tiny": replace(TINY, channels=64)})
-    write_pool(tmp_path / "pool")
-    recipe = tmp_path / "tiny.toml"
-    curves = []
-    for name, accumulate in (("one", 1), ("turns", 4)):
-        recipe.write_text(TEXT.format(folder=tmp_path, accumulate=accumulate))
-        curves.append(curve(loop.train(recipe, out=tmp_path / name, device="cpu")))
-    recipe.write_text(TEXT.format(folder=tmp_path, accumulate=2))
-    in_two_processes(train_in_one_of_two, tmp_path)
-    wanted = curves.pop(0)
-    assert len(wanted) == 7 and wanted[-1]["seen"] == 56
-    for found in (*curves, curve(tmp_path / "two")):
+    recipe, curves = tmp_path / "tiny.toml", [curve(two / "two")]
+    for accumulate in (1, 4):
+        recipe.write_text(TEXT.format(folder=two, accumulate=accumulate))
+        out = tmp_path / f"turns {accumulate}"
+        curves.append(curve(loop.train(recipe, out=out, device="cpu")))
+    wanted = curves.pop(1)
+    assert len(wanted) == 4 and wanted[-1]["seen"] == 32
+    for found in curves:
         for line, line_wanted in zip(found, wanted, strict=True):
             assert line == pytest.approx(line_wanted, rel=CURVE_TOLERANCE)

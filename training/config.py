@@ -120,7 +120,7 @@ class StageRecipe:
     warmup_steps: int = 100
     constant_lr: bool = False  # after warm-up, instead of falling to 0
     weight_decay: float = 1e-3
-    clip: float = 1.0
+    clip: float = 1.0  # the norm of the gradient is brought down to it; 0 lets it be
     ema: float = 0.998
     timestep_power: float = 0.5  # t = floor(1000 * u**power): below 1, more high noise
     same_frame: float = 0.15
@@ -184,7 +184,7 @@ class LoopRecipe:
     log_every_steps: int = 25
     checkpoint_minutes: float = 4.0
     keep_checkpoints: int = 2  # the last ones
-    sheet_minutes: float = 10.0
+    sheet_minutes: float = 10.0  # between two sample sheets; 0: none, not at the end either
     evaluation_pairs: int = 32
     tensorboard: bool = True  # where it is installed; curves.jsonl is always written
     compile: bool = False  # torch.compile: pays on a GPU, not on a CPU

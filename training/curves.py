@@ -134,4 +134,4 @@ def _open_board(folder: Path, purge: int | None) -> Any:
     except ImportError:
         log.info("no tensorboard installed: the curves are in %s alone", NAME)
         return None
-    return SummaryWriter(str(folder), purge_step=purge)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=purge)

@@ -171,9 +171,7 @@ class Trainer:
     def _begin(self, stage: StageRecipe) -> None:
         self._check_split("batch", stage.batch, self.world.size * stage.accumulate)
         self._check_split("[inversions] batch", self.recipe.inversions.batch, self.world.size)
-        earlier = self.recipe.stages[: self.state.progress.stage]
-        fresh = self.state.progress.step == 0 and not self.state.has_reenactment
-        if fresh and stage.kind != "autoencoder" and all(s.kind == "autoencoder" for s in earlier):
+        if STAGES[stage.kind].PAIRS and not self.state.has_reenactment:
             self.state.start_reenactment(stage.drawing_gain)
         begin_stage(self.state, self.recipe, stage)
         optimizer = make_optimizer(self.state, stage)
@@ -292,11 +290,11 @@ class Trainer:
         mine = self.world.share.rows(recipe.batch)
         source = to_batch(pool.pictures(identity[mine], frame[mine]), self.device)
         with self._autocast():
-            if stage.kind == "autoencoder":
-                z = ema["encoder"](source).float()
-            else:
+            if STAGES[stage.kind].PAIRS:
                 drawing = to_batch(pool.draw(identity[mine], frame[mine]), self.device)
                 z = ema["reenactment"](source, drawing).float()
+            else:
+                z = ema["encoder"](source).float()
             unet = ema["inverter" if "inverter" in ema else "unet"]
             x_T = invert(unet, self.state.config.prediction, source, z, recipe.steps)
         noise = gathered(x_T.half()).cpu().numpy()
@@ -304,7 +302,7 @@ class Trainer:
 
     def sheet(self, stage: StageRecipe) -> dict[str, float]:
         """Writes a sample sheet, logs its PSNRs and returns them; one process does it for all."""
-        if not self.world.first:
+        if not self.world.first or self.recipe.loop.sheet_minutes <= 0:
             return {}
         with self._autocast():
             rows = STAGES[stage.kind].pictures(self.state, self.pairs, self.device, self.recipe)
@@ -405,11 +403,17 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--finish", action="store_true", help=finish_early.__doc__)
+    parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("-o", "--out")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if arguments.finish:
+    if arguments.dry_run:
+        from diffusionact.training.dry_run import dry_run
+
+        if (cost := dry_run(arguments.recipe, device=arguments.device)) is not None:
+            print(cost.table())
+    elif arguments.finish:
         finish_early(arguments.recipe, out=arguments.out)
     else:
         train(arguments.recipe, resume=arguments.resume, out=arguments.out, device=arguments.device)

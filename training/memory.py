@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -48,3 +51,20 @@ def _kib(name: str) -> int:
     rows = STATUS.read_text(encoding="ascii").splitlines()
     (row,) = (row for row in rows if row.startswith(f"{name}:"))
     return int(row.split()[1])
+
+
+def give_back(device: torch.device) -> None:
+    """Gives freed memory back to the system where that is possible, so that the peak of what comes
+    next is its own."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+        if trim is not None:
+            trim(0)
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Returns how much the tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

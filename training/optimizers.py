@@ -6,16 +6,13 @@ import torch
 
 from diffusionact.training.config import StageRecipe
 from diffusionact.training.muon import Muon
-from diffusionact.training.stages import trained
+from diffusionact.training.stages import rates, trained
 from diffusionact.training.state import State
 
 
 def make_optimizer(state: State, stage: StageRecipe) -> torch.optim.Optimizer:
     """Returns AdamW, or Muon where the stage has a `matrix_lr`, over the networks that it trains."""
-    factors = {"unet": stage.unet_lr, "heads": stage.heads_lr}
-    if stage.kind == "reenact":
-        factors["encoder"] = stage.encoder_lr
-    groups = []
+    factors, groups = rates(stage), []
     for name in trained(stage):
         ends: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
         for key, parameter in state.live[name].named_parameters():

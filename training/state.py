@@ -159,6 +159,7 @@ class State:
         Source: DiffusionAct, the initialisation of the reenactment encoder, where the gain is 0;
         in a short run the drawing is then never found.
         """
+        self.has_reenactment = True
         self.restart_from_average()
         encoder = self.ema["encoder"].state_dict()
         for networks in (self.live, self.ema):
@@ -194,7 +195,8 @@ class State:
     def record(self, recipe: Recipe) -> dict[str, Any]:
         """Returns what a checkpoint says beside the tensors, as JSON values."""
         return {"recipe": recipe.digest, "earlier_recipes": self.earlier_recipes,
-                "progress": vars(self.progress)}  # fmt: skip
+                "progress": vars(self.progress),
+                "has_reenactment": self.has_reenactment}  # fmt: skip
 
     def load(self, path: Path, recipe: Recipe) -> dict[str, Any]:
         """Takes over the checkpoint, but for the optimiser's memory, which waits for the optimiser;
@@ -215,6 +217,7 @@ class State:
             raise SettingsError(f"{path} holds another network than the recipe: {error}") from error
         self._memory = savepoints.under("optimizer", tensors)
         self.progress = Progress(**content["progress"])
+        self.has_reenactment = content["has_reenactment"]
         self.earlier_recipes = content["earlier_recipes"]
         if content["recipe"] != recipe.digest:
             self.earlier_recipes.append(content["recipe"])

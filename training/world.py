@@ -8,6 +8,7 @@ two threads: they wait for each other once a step and not after every operation.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -67,9 +68,10 @@ class World:
         return self.fabric.no_backward_sync(module, enabled=apart and self.size > 1)
 
     def clip(self, module: _FabricModule, optimizer: _FabricOptimizer, norm: float) -> Tensor:
-        """Returns the norm of all gradients, after scaling them down to `norm` where above."""
+        """Returns the norm of all gradients, after scaling them down to `norm` where above; 0 lets
+        them be."""
         before = self.fabric.clip_gradients(
-            module, optimizer, max_norm=norm, error_if_nonfinite=False
+            module, optimizer, max_norm=norm or math.inf, error_if_nonfinite=False
         )
         assert before is not None
         return before

@@ -10,6 +10,7 @@ A stage module has
     loss(state, sample, recipe, stage) -> (loss, its parts)
     pictures(state, pairs, device, recipe) -> rows            of its sample sheet, if any
     begin(state, recipe, stage)                               what it makes ready, if anything
+    rates(stage) -> dict[str, float]                          factors on lr of its own, if any
 """
 
 from __future__ import annotations
@@ -28,7 +29,16 @@ from diffusionact.training.stages import autoencoder, pretrain, reenact, sampler
 from diffusionact.training.stages.sample import Sample, to_sample
 from diffusionact.training.state import State
 
-__all__ = ["STAGES", "Sample", "Stage", "begin_stage", "stage_loss", "to_sample", "trained"]
+__all__ = [
+    "STAGES",
+    "Sample",
+    "Stage",
+    "begin_stage",
+    "rates",
+    "stage_loss",
+    "to_sample",
+    "trained",
+]
 
 
 class Stage(Protocol):
@@ -71,6 +81,12 @@ def begin_stage(state: State, recipe: Recipe, stage: StageRecipe) -> None:
     begin = getattr(STAGES[stage.kind], "begin", None)
     if begin is not None:
         begin(state, recipe, stage)
+
+
+def rates(stage: StageRecipe) -> dict[str, float]:
+    """Returns the factor on the stage's lr of each network where it is not 1."""
+    own = getattr(STAGES[stage.kind], "rates", None)
+    return {"unet": stage.unet_lr, "heads": stage.heads_lr, **(own(stage) if own else {})}
 
 
 def trained(stage: StageRecipe) -> list[str]:

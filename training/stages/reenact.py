@@ -24,6 +24,11 @@ def trained(stage: StageRecipe) -> list[str]:
     return ["unet", "reenactment", "heads", *(["encoder"] if stage.encoder_lr else [])]
 
 
+def rates(stage: StageRecipe) -> dict[str, float]:
+    """Factors on lr beside those of every stage."""
+    return {"encoder": stage.encoder_lr}
+
+
 def loss(
     state: State, sample: Sample, recipe: Recipe, stage: StageRecipe
 ) -> tuple[Tensor, dict[str, Tensor]]:
