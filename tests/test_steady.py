@@ -82,7 +82,7 @@ def test_frames_that_are_held_stay_what_they_were(
 def test_what_is_not_network_is_little_of_a_frame(
     act: Reenactor, source: Source, driver: Track
 ) -> None:
-    """In half of 500 frames, for a busy machine stops some of them between two networks."""
+    """Of the processor's time, in half of 500 frames."""
     session = act.session(source)
     with network_times(act) as inside_ns:
         frames = [frame(act, session, driver, i, inside_ns) for i in range(FRAMES)]
