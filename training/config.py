@@ -207,7 +207,7 @@ class Recipe:
     student: StudentRecipe = field(default_factory=StudentRecipe)
     loop: LoopRecipe = field(default_factory=LoopRecipe)
     seed: int = 1
-    weights: str = "training/checkpoints/face.safetensors"
+    weights: str = "training/checkpoints/teacher.safetensors"
     start: str = ""  # weights to begin from instead of random ones
     digest: str = ""
 
