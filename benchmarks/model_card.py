@@ -299,9 +299,8 @@ def plan_of(
 
 
 def _teacher(checkpoints: Path) -> Path:
-    """The teacher's weights; those of the shipped model while it is no student."""
-    kept = checkpoints / "teacher.safetensors"
-    return kept if kept.is_file() else checkpoints / "face.safetensors"
+    """The teacher's weights."""
+    return checkpoints / "teacher.safetensors"
 
 
 def _arguments() -> argparse.Namespace:
