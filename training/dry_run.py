@@ -27,6 +27,7 @@ from diffusionact.training.stages import STAGES
 from diffusionact.training.world import join_world
 
 STEPS = 3  # timed, after one that is not
+PAIRS = 2  # of a sample sheet
 PEOPLE = 8  # rendered for it, where the recipe's faces are not there yet
 FRAMES = 2
 
@@ -89,7 +90,11 @@ def dry_run(recipe_path: str | Path, *, device: str = "auto", steps: int = STEPS
     recipe = load_recipe(recipe_path)
     bare = replace(
         recipe,
-        loop=replace(recipe.loop, evaluation_pairs=1, tensorboard=False),
+        loop=replace(
+            recipe.loop,
+            evaluation_pairs=min(PAIRS, recipe.loop.evaluation_pairs),
+            tensorboard=False,
+        ),
         inversions=replace(recipe.inversions, folder=""),
     )
     with (
@@ -170,13 +175,15 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _sheet_seconds(trainer: Trainer, recipe: Recipe, stage: StageRecipe) -> float:
-    """Seconds of a sample sheet, by one pair of its pictures."""
+    """Seconds of a sample sheet, by a few of its pairs; the first time a library makes its plans."""
     if recipe.loop.sheet_minutes <= 0:
         return 0.0
     pictures = STAGES[stage.kind].pictures
-    return recipe.loop.evaluation_pairs * _timed(
-        lambda: pictures(trainer.state, trainer.pairs, trainer.device, trainer.recipe)
-    )
+    seconds = [
+        _timed(lambda: pictures(trainer.state, trainer.pairs, trainer.device, trainer.recipe))
+        for _ in range(2)
+    ]
+    return seconds[-1] * recipe.loop.evaluation_pairs / trainer.recipe.loop.evaluation_pairs
 
 
 def _inversion_seconds(trainer: Trainer, stage: StageRecipe) -> float:

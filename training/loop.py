@@ -7,7 +7,6 @@ import contextlib
 import logging
 import math
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,7 +25,8 @@ from diffusionact.training.curves import Curves
 from diffusionact.training.data import Batch, PairSampler, Prefetcher
 from diffusionact.training.dataset import Dataset, training_people
 from diffusionact.training.diffusion import invert, to_batch
-from diffusionact.training.distill import check_students, described
+from diffusionact.training.distill import check_students
+from diffusionact.training.finish import finish
 from diffusionact.training.gather import gathered
 from diffusionact.training.inversions import AHEAD, InversionCache
 from diffusionact.training.inverted_sources import inverted_sources
@@ -36,7 +36,7 @@ from diffusionact.training.models import fused_norm
 from diffusionact.training.objective import Objective
 from diffusionact.training.optimizers import make_optimizer
 from diffusionact.training.pace import Clock, fraction, rate
-from diffusionact.training.shards import open_dataset, origin_of
+from diffusionact.training.shards import open_dataset
 from diffusionact.training.share import Share
 from diffusionact.training.sheets import held_out_pairs, scores, write_sheet
 from diffusionact.training.stages import STAGES, begin_stage, trained
@@ -360,34 +360,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def finish(state: State, recipe: Recipe, path: Path) -> None:
-    """Writes the weights that the bundle is exported from: the averages, in half precision, with
-    where they came from."""
-    from diffusionact.training import weights
-
-    provenance = {
-        "recipe": recipe.name, "recipe_sha256": recipe.digest, "commit": _commit(),
-        "earlier_recipes_sha256": state.earlier_recipes, "images_seen": state.progress.seen,
-        "complete": state.progress.stage >= len(recipe.stages), **origin_of(recipe.pool),
-    }  # fmt: skip
-    parts = {"render": state.ema["unet"], "encoder": state.ema["encoder"],
-             "reenactment": state.ema["reenactment"]}  # fmt: skip
-    if state.invert is not None and STAGES[recipe.stages[-1].kind].NOISE == "sources":
-        parts["invert"] = state.invert
-    if "inverter" in state.ema:
-        parts["invert"] = state.ema["inverter"]
-    student = described(recipe, state.config.prediction)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    weights.save(path, state.config, parts, provenance=provenance, student=student)
-    log.info("wrote %s", path)
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "unknown"
 
 
 def _statistics(pool: Dataset, identities: int) -> HeadTargets:
