@@ -68,7 +68,10 @@ def settings(name: str) -> dict[str, Any]:
 
 
 def carry_out(run: Run, folder: Path) -> None:
-    """Nothing; trains the run, or goes on with it, where it has not left its weights."""
+    """Nothing; trains the run, or goes on with it, where it has not left its weights.
+
+    Raises: Stopped when a signal ended it; called again it goes on.
+    """
     place, wanted = folder / run.name, weights_of(folder, run.name)
     if wanted.exists():
         return
@@ -79,12 +82,18 @@ def carry_out(run: Run, folder: Path) -> None:
     write_whole(path, to_toml(recipe))
     begun, spent = time.monotonic(), time.process_time()
     train(path, resume=newest(place) is not None, out=place)
+    if not wanted.exists():
+        raise Stopped
     if run.name == "autoencoder":
         _without_reenactment(wanted)
     seconds = {"wall": time.monotonic() - begun, "cpu": time.process_time() - spent}
     write_whole(place / "seconds.json", json.dumps(seconds))
-    for checkpoint in place.glob(PATTERN):  # 30 MB each
+    for checkpoint in place.glob(PATTERN):  # 20 MB each
         checkpoint.unlink()
+
+
+class Stopped(Exception):
+    """A signal ended a run, which has saved where it was."""
 
 
 def _without_reenactment(path: Path) -> None:
@@ -138,7 +147,7 @@ def yardsticks(folder: Path, judge: Judge, given: Trial, teacher: str) -> None:
     write_whole(folder / "yardsticks.json", json.dumps(table, indent=1) + "\n")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--seeds", default="1,2,3", help="separated by commas")
@@ -163,11 +172,15 @@ def main() -> None:
             score(run, folder)
         except DiffusionActError as error:
             LOG.error("%s: not run: %s", run.name, error)
+        except Stopped:
+            LOG.error("%s: stopped; the same command goes on with it", run.name)
+            return 1
     if not (arguments.only or arguments.part or arguments.table):
         pool = runs[0].recipe["pool"]
         yardsticks(folder, *instruments(pool["folder"], pool["held_out"]), "full-joint-1")
     LOG.info("%s", ablation_table.write(runs, folder, ROOT))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
