@@ -27,8 +27,7 @@ demo: env
 test: dev
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=$$?; \
-	$(PYTEST) $(BESIDE) -m "not slow and not gpu and not alone" || status=$$?; \
-	$(PYTEST) -m "alone and not slow and not gpu" || status=$$?; \
+	$(PYTEST) $(BESIDE) -m "not slow and not gpu" || status=$$?; \
 	exit $$status
 
 test-slow: dev
