@@ -450,6 +450,7 @@ def test_the_command_without_a_gpu_says_what_to_give(
         run_cli(bundle, "--precision", "half")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_sigint_ends_the_command_and_its_builder(shipped: Path) -> None:
     """As a terminal sends it: to both."""
     targets = "sm_80,sm_86,sm_89,sm_120"  # so that a fast machine is not done before the signal

@@ -250,6 +250,7 @@ def test_what_is_stopped_early_leaves_nothing_behind(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to a child")
+@pytest.mark.usefixtures("interruptible")
 def test_control_c_ends_all_threads_and_leaves_nothing(
     toy_bundle: Path, portrait_file: Path, face: Landmarks, tmp_path: Path
 ) -> None:
