@@ -174,7 +174,8 @@ def _predictor(
 
 class Instruments:
     """What reads the pictures: the trained judge, evaluation's judge for the perceptual distance,
-    and the guide, whose embedding tells people apart; no student was trained against the judges."""
+    and the guide, whose embedding tells people apart. Nothing was trained against the judges; a
+    student may have been against the guide."""
 
     def __init__(self, judge: Path, guide: Path) -> None:
         self.judge, _ = load_judge(judge)

@@ -36,8 +36,9 @@ COLUMNS = {
 }
 TITLES = {"ddim": "DDIM", "dpm++2m": "DPM-Solver++ (2M)", "unipc": "UniPC"}
 PANELS = ("psnr_db", "perceptual")
-WIDTH, HEIGHT, PANEL = 960, 400, (330, 300)
-LEFTS, TOP = (70, 480), 40
+WIDTH, HEIGHT, PANEL = 960, 400, (370, 300)
+LEFTS, TOP = (70, 560), 40
+CROWDED = 18  # px between two dots, closer than which one number is enough
 
 
 def text(found: Mapping[str, Any]) -> str:
@@ -64,11 +65,12 @@ def _given_up(found: Mapping[str, Any]) -> str:
 
 
 def _share(entry: Mapping[str, float | None]) -> str:
-    """A share of the gap with its error; where there is no gap, what the student is worse by."""
+    """A share of the gap with its error; where there is no gap, what lies between the two."""
     if entry["share"] is not None:
         error = entry["share_error"]
         return f"{entry['share']:.1%}" + ("" if error is None else f" ± {error:.1%}")
-    return f"no gap; worse by {entry['worse_by']:.4f}"
+    worse_by = entry["worse_by"] or 0.0
+    return f"no gap; {'worse' if worse_by > 0 else 'better'} by {abs(worse_by):.3f}"
 
 
 def failures(found: Mapping[str, Any]) -> list[str]:
@@ -89,8 +91,10 @@ def _goal_sentence(found: Mapping[str, Any]) -> str:
     held = "All hold." if not missed else f"Missed: {'; '.join(missed)}."
     return (
         "Share of the gap from copying the source to the teacher (DDIM, 20 steps) that the student "
-        f"gives up, its own inversion included, with standard errors over people. Goals: {goals}. "
-        f"{held}"
+        "gives up, its own inversion included, with standard errors over people; below 0 it is "
+        "better than the teacher. A copy is a true picture of the same person, so that in detail "
+        "(here the logarithm's distance from 0) and identity there is no gap to give up. Goals, at "
+        f"most: {goals}. {held}"
     )
 
 
@@ -105,7 +109,9 @@ def _caption(found: Mapping[str, Any]) -> str:
         f"{found['people']} rendered people that no network saw, seed {found['seed']}; teacher "
         f"`{weights}`, computed in {found['precision']}. Perceptual: distance in the judge's "
         "features. Detail: energy of the Laplacian, 1 as in the true picture. Identity: cosine of "
-        "the guide's embeddings. Landmarks, gaze and pose as the judge reads them. Inversion: "
+        "the guide's embeddings, in whose losses the student was trained, so that this column "
+        "flatters it. Landmarks, gaze and pose as the judge reads them, which nothing was trained "
+        "against. Inversion: "
         f"{inverts}. Times: {ran['backend']} {ran['precision']} on "
         f"{machine.describe_briefly(found['machine'])}, {found['date'][:10]}, load average "
         f"{found['load_average']} before, commit `{found['commit']}`."
@@ -178,16 +184,17 @@ def _panel(
                 f'<text class="soft" x="{x(ms):.1f}" y="{TOP + height + 16}" '
                 f'text-anchor="middle">{ms:g}</text>'
             )
+    named: list[tuple[float, float]] = []  # where a count stands already
     for i, dots in enumerate(lines.values()):
         paint = COLOURS[i % len(COLOURS)]
         places = [(count, x(ms), y(measures[measure])) for count, ms, measures in dots]
         course = " ".join(f"{a:.1f},{b:.1f}" for _, a, b in places)
         parts.append(f'<polyline points="{course}" fill="none" stroke="{paint}" stroke-width="2"/>')
         for count, a, b in places:
-            parts += [
-                f'<circle class="ring" cx="{a:.1f}" cy="{b:.1f}" r="5" fill="{paint}"/>',
-                f'<text class="soft" x="{a + 6:.1f}" y="{b - 7:.1f}">{count}</text>',
-            ]
+            parts.append(f'<circle class="ring" cx="{a:.1f}" cy="{b:.1f}" r="5" fill="{paint}"/>')
+            if all(math.hypot(a - x_0, b - y_0) > CROWDED for x_0, y_0 in named):
+                parts.append(f'<text class="soft" x="{a + 6:.1f}" y="{b - 7:.1f}">{count}</text>')
+            named.append((a, b))
     return parts
 
 

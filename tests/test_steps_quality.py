@@ -125,7 +125,7 @@ def test_the_table_has_a_row_for_each_and_judges_the_goals(monkeypatch: pytest.M
     told = steps_text.text(results(0.02))
     assert "| teacher, DDIM | 20 | 22.00 |" in told and "| 50.0 |" in told
     assert "| student | 4 | 24.00 |" in told and "2.0% ± 0.4%" in told
-    assert "no gap; worse by 0.1000" in told and "All hold." in told
+    assert "no gap; worse by 0.100" in told and "All hold." in told
     missed = steps_text.failures(results(0.031))
     assert len(missed) == len(steps_text.COLUMNS) - 1 and missed[0] == "4 steps: PSNR"
     assert "Missed: 4 steps: PSNR" in steps_text.text(results(0.031))
