@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,3 +57,16 @@ def test_large_negative_inputs_do_not_overflow(size: float) -> None:
     y = fused_norm.norm_silu(x, torch.ones(1, 8), shift, 8, 1e-5)
     y.sum().backward()  # type: ignore[no-untyped-call]
     assert bool(y.isfinite().all()) and x.grad is not None and bool(x.grad.isfinite().all())
+
+
+def test_a_killed_build_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """What it left is passed by, and what is built is found again without a compiler."""
+    left = tmp_path / "fused_norm" / ".part-killed"
+    left.mkdir(parents=True)
+    (left / "lock").touch()
+    code = "from diffusionact.training.models import fused_norm as f; assert f.enable()"
+    for path in (os.environ["PATH"], str(tmp_path)):
+        environment = {**os.environ, "DIFFUSIONACT_CACHE": str(tmp_path), "PATH": path}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=280)
+    (made,) = (tmp_path / "fused_norm").glob("*.so")
+    assert sorted((tmp_path / "fused_norm").iterdir()) == [left, made]

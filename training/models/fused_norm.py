@@ -8,17 +8,28 @@ Inference and export never come here.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import logging
 import os
+import platform
 import shutil
+import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusionact.engine_files import cache_root
+
 log = logging.getLogger(__name__)
+
+NAME = "diffusionact_fused_norm"
+SOURCE = Path(__file__).with_name("fused_norm.cpp")
+FLAGS = ["-O3", "-march=native", "-ffast-math", "-fopenmp"]
 _extension: Any = None
 
 
@@ -26,19 +37,44 @@ def enable() -> bool:
     """Whether the compiled operation is in use from here on; compiles it at first call (~30 s)."""
     global _extension
     if _extension is None:
-        _find_ninja()
         try:
-            from torch.utils.cpp_extension import load
-
-            _extension = load(
-                "diffusionact_fused_norm",
-                [str(Path(__file__).with_name("fused_norm.cpp"))],
-                extra_cflags=["-O3", "-march=native", "-ffast-math", "-fopenmp"],
-            )
+            _extension = _built()
         except (ImportError, OSError, RuntimeError) as error:
             log.warning("no fused group norm, training will be slower: %s", error)
             return False
     return True
+
+
+def _built() -> Any:
+    """The compiled file, from the cache where it lies under what it was made from. It is compiled
+    in a folder of this process: torch's own cache has a lock, which a killed process leaves behind
+    and all later ones wait for."""
+    key = [SOURCE.read_text(encoding="utf-8"), *FLAGS, torch.__version__, sys.version]
+    digest = hashlib.sha256("\n".join([*key, *_processor()]).encode()).hexdigest()
+    place = cache_root() / "fused_norm" / f"{NAME}-{digest[:16]}.so"
+    if not place.exists():
+        _find_ninja()
+        from torch.utils.cpp_extension import load
+
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent) as folder:
+            made = load(NAME, [str(SOURCE)], extra_cflags=FLAGS, build_directory=folder)
+            os.replace(Path(folder) / f"{NAME}.so", place)
+        return made
+    spec = importlib.util.spec_from_file_location(NAME, place)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _processor() -> list[str]:
+    """What "native" means here: one home folder may be shared by machines."""
+    try:
+        rows = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return [platform.machine(), platform.processor()]
+    return sorted({row for row in rows if row.startswith(("flags", "Features"))})
 
 
 def _find_ninja() -> None:
