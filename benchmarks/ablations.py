@@ -33,7 +33,6 @@ from benchmarks.ablation_plan import (
 from benchmarks.ablation_scores import Trial, made_by, scores, trial
 from diffusionact.errors import DiffusionActError
 from diffusionact.files import write_whole
-from diffusionact.training import weights
 from diffusionact.training.data import Pool
 from diffusionact.training.loop import train
 from diffusionact.training.models.judge import Judge, load_judge
@@ -84,8 +83,6 @@ def carry_out(run: Run, folder: Path) -> None:
     train(path, resume=newest(place) is not None, out=place)
     if not wanted.exists():
         raise Stopped
-    if run.name == "autoencoder":
-        _without_reenactment(wanted)
     seconds = {"wall": time.monotonic() - begun, "cpu": time.process_time() - spent}
     write_whole(place / "seconds.json", json.dumps(seconds))
     for checkpoint in place.glob(PATTERN):  # 20 MB each
@@ -94,13 +91,6 @@ def carry_out(run: Run, folder: Path) -> None:
 
 class Stopped(Exception):
     """A signal ended a run, which has saved where it was."""
-
-
-def _without_reenactment(path: Path) -> None:
-    """A Diffusion Autoencoder has no reenactment encoder: the next stage begins with its own."""
-    content = weights.load(path)
-    parts = {name: part for name, part in content.parts.items() if name != "reenactment"}
-    weights.save_tensors(path, content.config, parts, provenance=content.provenance)
 
 
 @functools.cache

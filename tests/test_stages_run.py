@@ -27,6 +27,7 @@ from diffusionact.training.stages import pretrain, sampler, trained
 from diffusionact.training.stages.sample import Sample
 from diffusionact.training.state import State
 from diffusionact.training.weights_folder import MODEL_FILE
+from tests.test_training import write_pool
 
 pytestmark = pytest.mark.torch
 
@@ -91,26 +92,6 @@ warmup_steps = 1
 """
 
 
-def write_pool(folder: Path, identities: int = 6, frames: int = 3) -> None:
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    rows = (identities, frames)
-    patches = rng.integers(0, 256, (*rows, 4, 4, 3), dtype=np.uint8)  # simple, but not flat
-    arrays = {
-        "images": patches.repeat(SIDE // 4, axis=2).repeat(SIDE // 4, axis=3),
-        "labels": rng.integers(0, 8, (*rows, SIDE, SIDE), dtype=np.uint8),
-        "points": rng.uniform(0, SIDE, (*rows, 68, 3)).astype(np.float32),
-        "gaze": rng.uniform(0, SIDE, (*rows, 2, 2)).astype(np.float32),
-        "pose": np.zeros((*rows, 3), np.float32),
-        "expression": np.zeros((*rows, 4), np.float32),
-        "gaze_angles": np.zeros((*rows, 2), np.float32),
-        "parameters": rng.standard_normal((*rows, 5)).astype(np.float32),
-    }
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
-    (folder / "meta.json").write_text(json.dumps({"format": 1}))
-
-
 @pytest.fixture(autouse=True)
 def presets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "PRESETS", {"tiny": TINY})
@@ -118,7 +99,7 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def text(tmp_path: Path) -> str:
-    write_pool(tmp_path / "pool")
+    write_pool(tmp_path / "pool", side=SIDE)
     return TEXT.format(folder=tmp_path)
 
 
@@ -334,7 +315,7 @@ def test_a_full_disk_ends_the_keeping_and_not_the_run(
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run of all four stages."""
     folder = tmp_path_factory.mktemp("paper")
-    write_pool(folder / "pool")
+    write_pool(folder / "pool", side=SIDE)
     (folder / "paper.toml").write_text(TEXT.format(folder=folder))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state, "PRESETS", {"tiny": TINY})

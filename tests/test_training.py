@@ -342,6 +342,7 @@ def test_a_run_begins_from_finished_weights(recipe_path: Path, tmp_path: Path) -
     first = trainer(recipe_path, tmp_path / "first")
     for parameter in first.state.ema.parameters():
         parameter.data.uniform_(-0.5, 0.5)
+    first.state.has_reenactment = True
     path = tmp_path / "start.safetensors"
     loop.finish(first.state, first.recipe, path)
     run = loop.Trainer(
@@ -353,6 +354,16 @@ def test_a_run_begins_from_finished_weights(recipe_path: Path, tmp_path: Path) -
             for key, value in networks[name].state_dict().items():
                 wanted = first.state.ema[name].state_dict()[key].half().float()
                 torch.testing.assert_close(value, wanted)
+
+
+def test_an_encoder_that_no_stage_trained_is_not_written(recipe_path: Path, tmp_path: Path) -> None:
+    run, path = trainer(recipe_path, tmp_path / "run"), tmp_path / "weights.safetensors"
+    assert not run.state.has_reenactment
+    loop.finish(run.state, run.recipe, path)
+    assert "reenactment" not in weights.load(path).parts
+    run.state.has_reenactment = True
+    loop.finish(run.state, run.recipe, path)
+    assert "reenactment" in weights.load(path).parts
 
 
 def test_weights_of_another_network_start_nothing(

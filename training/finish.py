@@ -24,8 +24,9 @@ def finish(state: State, recipe: Recipe, path: Path) -> None:
         "earlier_recipes_sha256": state.earlier_recipes, "images_seen": state.progress.seen,
         "complete": state.progress.stage >= len(recipe.stages), **origin_of(recipe.pool),
     }  # fmt: skip
-    parts = {"render": state.ema["unet"], "encoder": state.ema["encoder"],
-             "reenactment": state.ema["reenactment"]}  # fmt: skip
+    parts = {"render": state.ema["unet"], "encoder": state.ema["encoder"]}
+    if state.has_reenactment:  # a Diffusion Autoencoder's would be noise, and be taken for trained
+        parts["reenactment"] = state.ema["reenactment"]
     if state.invert is not None and STAGES[recipe.stages[-1].kind].NOISE == "sources":
         parts["invert"] = state.invert
     if "inverter" in state.ema:

@@ -184,8 +184,6 @@ class Trainer:
         self._resumed = {}
         self.sources = None
         if STAGES[stage.kind].NOISE == "sources":
-            if "unet" in trained(stage):
-                self.state.keep_inverter()
             self.sources = inverted_sources(self.state, self.recipe, self.folder, self.device)
 
     def _check_split(self, name: str, batch: int, parts: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,10 +99,12 @@ def teacher_pictures(
 
 
 @torch.no_grad()
-def student_pictures(
-    state: State, pairs: Pairs, device: torch.device, recipe: Recipe
-) -> dict[str, U8]:
-    """Returns the rows of a student's sheet, inverted and rendered as the runtime will do it."""
+def runtime_pictures(
+    state: State, pairs: Pairs, device: torch.device, recipe: Recipe,
+    runs: Mapping[str, int | Sequence[int]],
+) -> dict[str, U8]:  # fmt: skip
+    """Returns the rows of a sheet inverted and rendered as the runtime will do it, for each run: its
+    name, and its count of steps or timesteps."""
     unet, kind = state.ema["unet"], state.config.prediction
     encode = state.ema["reenactment"]
     source = to_batch(pairs.source, device)
@@ -110,7 +113,7 @@ def student_pictures(
     x_T = invert(state.inverter, kind, source, z_s, recipe.inversions.steps)
     rows: dict[str, Tensor] = {}
     for name, z in (("reconstruction", z_s), ("reenactment", z_r)):
-        for count, steps in recipe.student.render.items():
+        for count, steps in runs.items():
             rows[f"{name} T={count}"] = render(unet, kind, x_T, z, steps)
     return {name: to_pixels(row) for name, row in rows.items()}
 

@@ -20,7 +20,7 @@ from diffusionact.training.distill import consistency, progressive, sampler
 from diffusionact.training.distill.counts import inversion_steps
 from diffusionact.training.distill.progressive import round_of
 from diffusionact.training.distill.sides import moves
-from diffusionact.training.sheets import Pairs, student_pictures
+from diffusionact.training.sheets import Pairs, runtime_pictures
 from diffusionact.training.stages.sample import Sample
 from diffusionact.training.state import State
 from diffusionact.training.teacher import open_teacher, teacher_sha256
@@ -113,4 +113,4 @@ def pictures(
     state: State, pairs: Pairs, device: torch.device, recipe: Recipe
 ) -> dict[str, NDArray[np.uint8]]:
     """The rows of its sample sheet, each uint8 [N,S,S,3] RGB."""
-    return student_pictures(state, pairs, device, recipe)
+    return runtime_pictures(state, pairs, device, recipe, recipe.student.render)

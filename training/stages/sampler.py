@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from diffusionact.training.config import Recipe, StageRecipe
 from diffusionact.training.criteria import Goal, criteria, total
-from diffusionact.training.diffusion import invert, render, to_batch, to_pixels
-from diffusionact.training.sheets import Pairs
+from diffusionact.training.diffusion import render
+from diffusionact.training.sheets import Pairs, runtime_pictures
 from diffusionact.training.stages.sample import Sample
 from diffusionact.training.state import State
 
@@ -78,18 +78,8 @@ def _decoder(state: State, stage: StageRecipe) -> nn.Module:
     return (state.live if stage.unet_lr > 0 else state.ema)["unet"].eval()
 
 
-@torch.no_grad()
 def pictures(
     state: State, pairs: Pairs, device: torch.device, recipe: Recipe
 ) -> dict[str, NDArray[np.uint8]]:
-    """The rows of its sample sheet, each uint8 [N,S,S,3] RGB, made as the runtime makes them."""
-    unet, kind, encode = state.ema["unet"], state.config.prediction, state.ema["reenactment"]
-    source = to_batch(pairs.source, device)
-    z_s = encode(source, to_batch(pairs.own, device)).float()
-    z_r = encode(source, to_batch(pairs.condition, device)).float()
-    x_T = invert(state.inverter, kind, source, z_s, recipe.inversions.steps)
-    rows: dict[str, Tensor] = {}
-    for name, z in (("reconstruction", z_s), ("reenactment", z_r)):
-        for steps in SHEET_STEPS:
-            rows[f"{name} T={steps}"] = render(unet, kind, x_T, z, steps)
-    return {name: to_pixels(row) for name, row in rows.items()}
+    """The rows of its sample sheet, each uint8 [N,S,S,3] RGB."""
+    return runtime_pictures(state, pairs, device, recipe, {str(n): n for n in SHEET_STEPS})
