@@ -12,6 +12,7 @@ from diffusionact.errors import NoFace
 from diffusionact.landmarks import Landmarks
 from diffusionact.runtime.handover import Slot, Workers
 from diffusionact.runtime.media import FRAME_NS, Frame, Reader, TrackReader
+from diffusionact.runtime.pacing import Pacing
 from diffusionact.runtime.reenactor import Reenactor, Result
 from diffusionact.runtime.source import Source
 from diffusionact.runtime.timing import StageTimes, StopWatch, Tally
@@ -66,13 +67,14 @@ class Pipeline:
         self._frames: Slot[tuple[Frame, StopWatch]] = Slot(newest_wins=reader.live)
         self._faces: Slot[_Tracked] = Slot(newest_wins=reader.live)
         self._results: Slot[Rendered] = Slot(newest_wins=reader.live)
+        self._pacing, self._left_out = Pacing(), 0
         self._workers = Workers()
 
     @property
     def dropped(self) -> Mapping[str, int]:
-        """Return how many were replaced by newer ones before each stage."""
+        """Return how many made way for newer ones before each stage."""
         return {
-            "track": self._frames.dropped,
+            "track": self._frames.dropped + self._left_out,
             "render": self._faces.dropped,
             "show": self._results.dropped,
         }
@@ -129,12 +131,16 @@ class Pipeline:
         wanted = True
         while wanted and not self._frames.ended:
             if (item := self._frames.get(wait_s)) is not None:
+                wait_s = SILENT_S if self._reader.live else None
                 frame, watch = item
                 watch.lap("wait for tracker")
-                face = self._find(frame)
+                if self._reader.live and self._pacing.leaves_out(frame.pts_ns, time.monotonic_ns()):
+                    self._left_out += 1
+                    continue
+                with self._pacing.tracking():
+                    face = self._find(frame)
                 watch.lap("track")
                 wanted = self._faces.put(_Tracked(frame, face, frame.pts_ns, watch))
-                wait_s = SILENT_S if self._reader.live else None
             elif wait_s is not None and not self._frames.ended:
                 now_ns = time.monotonic_ns()
                 wanted = self._faces.offer(_Tracked(None, None, now_ns, StopWatch(now_ns)))
@@ -144,7 +150,8 @@ class Pipeline:
         while (tracked := self._faces.get()) is not None:
             watch = tracked.watch
             watch.lap("wait for renderer")
-            result = self._render(tracked.face, tracked.pts_ns)
+            with self._pacing.rendering():
+                result = self._render(tracked.face, tracked.pts_ns)
             watch.take(result.times)
             if not self._results.put(Rendered(result, tracked.frame, watch)):
                 return

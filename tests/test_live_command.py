@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,10 @@ import pytest
 from diffusionact import portrait_paths
 from diffusionact.cli import main
 from diffusionact.landmarks import Landmarks
+from diffusionact.runtime import live
 from diffusionact.runtime.clip import prepare_portrait
+from diffusionact.runtime.control import Goal
+from diffusionact.runtime.live import LiveSettings
 from diffusionact.runtime.media import NS, open_reader
 from diffusionact.runtime.reenactor import Reenactor, Settings
 from tests.clips import grey, write, write_portrait
@@ -41,6 +45,28 @@ def test_the_command_ends_with_one_line(
     assert len(frames) == seen["shown"] + 1
     assert frames[-1].pts_ns < time.monotonic_ns() - begun_ns
     assert frames[-1].pts_ns > 1.5 * NS
+
+
+@pytest.mark.parametrize(("words", "rate"), [(["--realtime"], 25.0), ([], None)])
+def test_a_camera_s_rate_is_kept_to_and_a_clip_waits(
+    toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    words: list[str], rate: float | None,
+) -> None:  # fmt: skip
+    manifest = json.loads((toy_bundle / "manifest.json").read_text())
+    manifest["render"] = {"steps": 4, "choices": [2]}
+    bundle = Path(shutil.copytree(toy_bundle, tmp_path / "face.bundle"))
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    goals: list[Goal | None] = []
+
+    def seen(settings: LiveSettings) -> LiveSettings:
+        goals.append(settings.goal)
+        return settings
+
+    monkeypatch.setattr(live, "LiveSettings", lambda *given: seen(LiveSettings(*given)))
+    track = Path(__file__).parent / "golden" / "driver_gaps.npz"
+    line = f"live -s {portrait_paths()[0]} --camera {track} --bundle {bundle} --backend ort -q"
+    assert main([*line.split(), *words, "--sink", str(tmp_path / "out.mp4")]) == 0
+    assert goals == [None if rate is None else Goal(fps=rate)]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")

@@ -1,4 +1,4 @@
-"""`serve` as a command: how many steps it may take, by what it was asked."""
+"""How many steps `serve` and `live` may take, by what they were asked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from diffusionact.cli import main
 from diffusionact.commands import serve
-from diffusionact.commands.model import goal_or_rate, model_options
+from diffusionact.commands.model import RATE, goal_or_rate, model_options
 from diffusionact.errors import SettingsError
 from diffusionact.runtime.control import Goal
 
@@ -40,14 +40,14 @@ def asked(bundle: Path, *words: str) -> argparse.Namespace:
 
 def test_a_camera_s_rate_is_kept_to_with_the_bundle_s_steps_at_most(bundle: Path) -> None:
     arguments = asked(bundle)
-    assert goal_or_rate(arguments, serve.RATE) == Goal(fps=25.0)
+    assert goal_or_rate(arguments, RATE) == Goal(fps=25.0)
     assert arguments.step_choices == (2, 3)  # besides the four
 
 
 @pytest.mark.parametrize("words", [("--fps", "0"), ("--steps", "4"), ("--steps", "8")])
 def test_steps_that_are_pinned_stay(bundle: Path, words: tuple[str, ...]) -> None:
     arguments = asked(bundle, *words)
-    assert goal_or_rate(arguments, serve.RATE) is None
+    assert goal_or_rate(arguments, RATE) is None
     assert not hasattr(arguments, "step_choices")
 
 
@@ -64,23 +64,29 @@ def test_a_goal_of_one_s_own_may_take_every_count(
     bundle: Path, words: tuple[str, ...], goal: Goal
 ) -> None:
     arguments = asked(bundle, *words)
-    assert goal_or_rate(arguments, serve.RATE) == goal
+    assert goal_or_rate(arguments, RATE) == goal
     assert arguments.step_choices is None  # the bundle's, all of them
 
 
 def test_a_bundle_of_one_count_has_nothing_to_choose_from(bundle: Path) -> None:
     offer(bundle, 4)
-    assert goal_or_rate(asked(bundle), serve.RATE) is None
+    assert goal_or_rate(asked(bundle), RATE) is None
 
 
 def test_a_rate_below_nothing_is_refused(bundle: Path) -> None:
     with pytest.raises(SettingsError, match="above 0"):
-        goal_or_rate(asked(bundle, "--fps", "-1"), serve.RATE)
+        goal_or_rate(asked(bundle, "--fps", "-1"), RATE)
 
 
-def test_the_help_says_what_is_usual(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_has_no_clock_is_not_hurried(bundle: Path) -> None:
+    assert goal_or_rate(asked(bundle), None) is None
+    assert goal_or_rate(asked(bundle, "--fps", "12"), None) == Goal(fps=12.0)
+
+
+@pytest.mark.parametrize("command", ["serve", "live"])
+def test_the_help_says_what_is_usual(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["serve", "--help"])
+        main([command, "--help"])
     told = " ".join(capsys.readouterr().out.split())
     assert "(default: 25, with the bundle's steps at most; 0, or --steps: always as many)" in told
     assert "--no-label" in told

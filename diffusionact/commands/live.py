@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from diffusionact.commands.exits import DONE, INTERRUPTED, TERMINATED
 from diffusionact.commands.model import (
-    goal_of,
+    RATE,
     goal_options,
+    goal_or_rate,
     load_reenactor,
     positive,
     warn_of_missing_label,
@@ -81,8 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     from diffusionact.runtime.live import LiveSession, LiveSettings
     from diffusionact.runtime.sinks import SeveralSinks, open_sink
 
-    goal = goal_of(arguments)
     camera = open_camera(arguments.camera, realtime=arguments.realtime, loop=arguments.loop)
+    goal = goal_or_rate(arguments, RATE if camera.live else None)
     specs = arguments.sink or ["window"]
     _check_sinks(specs, [arguments.camera, *arguments.source])
     sinks = SeveralSinks([open_sink(spec) for spec in specs])

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from diffusionact.runtime.control import Goal
     from diffusionact.runtime.reenactor import Reenactor
 
+RATE = 25.0  # faces a second: a usual camera's, and what looks smooth
+
 
 def model_options() -> argparse.ArgumentParser:
     """Return the options that choose a bundle, its steps and where it runs."""
@@ -90,9 +92,8 @@ def steps(text: str) -> int | tuple[int, ...]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def goal_options(parser: argparse.ArgumentParser, rate: float | None = None) -> None:
-    """Add the options of the step control. rate: that is kept to unless something else is asked
-    for, by `goal_or_rate`."""
+def goal_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the step control, for `goal_or_rate`."""
     add = parser.add_argument
     add(
         "--latency",
@@ -100,14 +101,17 @@ def goal_options(parser: argparse.ArgumentParser, rate: float | None = None) -> 
         metavar="T",
         help="keep to this latency, such as 100ms, by the number of steps",
     )
-    usual = "" if rate is None else (
-        f" (default: {rate:g}, with the bundle's steps at most; 0, or --steps: always as many)"
-    )  # fmt: skip
-    add("--fps", type=float, metavar="N", help="keep to this rate by the number of steps" + usual)
+    add(
+        "--fps",
+        type=float,
+        metavar="N",
+        help="keep to this rate by the number of steps "
+        f"(default: {RATE:g}, with the bundle's steps at most; 0, or --steps: always as many)",
+    )
 
 
-def goal_of(arguments: argparse.Namespace) -> Goal | None:
-    """Return the goal of `goal_options`, for which the bundle's counts of steps are prepared; None
+def _asked_goal(arguments: argparse.Namespace) -> Goal | None:
+    """The goal that was asked for, for which the bundle's counts of steps are prepared; None
     without one. Raises: SettingsError."""
     from diffusionact.runtime.control import Goal
 
@@ -117,18 +121,18 @@ def goal_of(arguments: argparse.Namespace) -> Goal | None:
     return Goal(arguments.latency, arguments.fps)
 
 
-def goal_or_rate(arguments: argparse.Namespace, rate: float) -> Goal | None:
+def goal_or_rate(arguments: argparse.Namespace, rate: float | None) -> Goal | None:
     """Return the goal that was asked for; else, of a `rate`, for which the bundle's own number of
     steps and all below it are prepared: as good as it is meant to be where the machine is fast
-    enough, and moving where it is not. None where `--steps` or `--fps 0` pins the steps, or the
-    bundle lists no fewer. Raises: SettingsError, BundleError."""
+    enough, and moving where it is not. None where `--steps` or `--fps 0` pins the steps, the
+    bundle lists no fewer, or there is no rate to keep to. Raises: SettingsError, BundleError."""
     from diffusionact import manifest
     from diffusionact.runtime.control import Goal
 
     pinned = arguments.fps == 0.0 or arguments.steps is not None
     arguments.fps = arguments.fps or None
-    goal = goal_of(arguments)
-    if goal is not None or pinned:
+    goal = _asked_goal(arguments)
+    if goal is not None or pinned or rate is None:
         return goal
     render = manifest.read(Path(arguments.bundle)).render
     arguments.step_choices = tuple(count for count in render.counts if count < render.steps)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from diffusionact.commands.exits import DONE, INTERRUPTED, TERMINATED
 from diffusionact.commands.extras import extra
 from diffusionact.commands.model import (
+    RATE,
     goal_options,
     goal_or_rate,
     load_reenactor,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 HELP = "A page in the browser: a portrait that follows the camera."
 PORT = 8600
-RATE = 25.0  # faces a second of every visitor: a usual camera's, and what looks smooth
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds without a face until a session is closed (default: 120)",
     )
-    goal_options(parser, RATE)
+    goal_options(parser)
     add("--no-label", action="store_true", help="without the mark AI-generated in the corner")
     parser.set_defaults(crop=False, absolute_pose=False, smoothing=1.0, compat=None)
     # The camera's face is measured, never coded: sessions do not share a published tracker.
