@@ -22,7 +22,9 @@ LEAST_FRAMES = 6
 MOST_FRAMES = 256
 USUAL = 0.75  # of the frames must keep to the goal: a single spike moves nothing
 ROOM = 0.85  # of the goal, what more steps may be expected to take
-QUEUE = 1.5  # a frame waits while the one before it is rendered: of a step's time, what it costs
+# Of a step's time, what one more adds: the next frame waits while this one is rendered, which is of
+# its latency and not of the renderer's work.
+LATENCY_COST, BUSY_COST = 1.5, 1.0
 UP_AFTER_NS, LONGEST_NS = 3 * NS, 60 * NS  # of room, before more steps; doubled by each failure
 FAILED_WITHIN_NS = 10 * NS  # of taking more steps
 
@@ -78,6 +80,7 @@ class StepControl:
     def __init__(self, goal: Goal, choices: Sequence[int], steps: int) -> None:
         """choices: counts that are prepared; steps: the one in use."""
         self._goal, self._choices, self.steps = goal, sorted(choices), steps
+        self._cost = BUSY_COST if goal.fps is not None else LATENCY_COST
         self.changes: deque[Change] = deque(maxlen=1000)
         self._frames: deque[tuple[int, float, float]] = deque(maxlen=MOST_FRAMES)
         self._first_ns: int | None = None
@@ -114,7 +117,7 @@ class StepControl:
         more = [count for count in self._choices if count > self.steps]
         if not more:
             return
-        expected_ms = usual_ms + QUEUE * (more[0] - self.steps) * one_ms
+        expected_ms = usual_ms + self._cost * (more[0] - self.steps) * one_ms
         if expected_ms > ROOM * self._goal.time_ms:
             self._room_since_ns = None
         elif self._room_since_ns is None:

@@ -121,6 +121,16 @@ def test_a_rate_is_kept_by_what_the_renderer_is_busy() -> None:
     assert machine.run(60.0).count(8) > 100
 
 
+@pytest.mark.parametrize(
+    ("goal", "steps"), [(Goal(fps=1000.0 / 85.0), 8), (Goal(latency_ms=85.0), 4)]
+)
+def test_a_step_costs_a_latency_more_than_the_renderer(goal: Goal, steps: int) -> None:
+    """50 ms at 4 steps, 70 at 8: busy for less than 85, but the next frame has waited as well."""
+    machine = Machine(StepControl(goal, CHOICES, 4))
+    machine.run(20.0)
+    assert machine.steps == steps
+
+
 def test_a_slow_machine_is_judged_too() -> None:
     machine = Machine(StepControl(Goal(latency_ms=400.0), CHOICES, 20), step_ms=100.0)
     machine.run(30.0)  # two seconds a frame to begin with
