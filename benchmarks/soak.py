@@ -26,11 +26,13 @@ from typing import Any
 
 import numpy as np
 
-from diffusionact import machine
+from diffusionact import machine, manifest
 from diffusionact.assets import bundle_path, driver_path, portrait_paths
+from diffusionact.commands.model import RATE
 from diffusionact.files import write_whole
 from diffusionact.runtime.camera import open_camera
 from diffusionact.runtime.clip import prepare_portrait
+from diffusionact.runtime.control import Goal
 from diffusionact.runtime.live import LiveSession, LiveSettings
 from diffusionact.runtime.mjpeg import HttpSink
 from diffusionact.runtime.reenactor import Reenactor, Settings
@@ -194,13 +196,18 @@ def soak_live(
     bundle: Path, portrait: Path, camera: Path, seconds: float, steps: int | None = None,
     quiet: bool = False,
 ) -> list[Sample]:  # fmt: skip
-    """Return samples of a live session in this process, from a looped clip to a watched page."""
+    """Return samples of a live session in this process, from a looped clip to a watched page.
+
+    steps: None is as the command `live`, which takes fewer where the machine is slow."""
     stop, samples = threading.Event(), list[Sample]()
-    with Reenactor.load(bundle, settings=Settings(steps=steps)) as act:
+    render = manifest.read(bundle).render
+    fewer = tuple(n for n in render.counts if n < render.steps) if steps is None else ()
+    live = LiveSettings(goal=Goal(fps=RATE) if fewer else None)
+    with Reenactor.load(bundle, settings=Settings(steps=steps, step_choices=fewer)) as act:
         source = prepare_portrait(act, portrait)
         page = HttpSink(port=0)
         clip = open_camera(str(camera), realtime=True, loop=True)
-        session = LiveSession(act, [source], clip, SeveralSinks([page]), LiveSettings())
+        session = LiveSession(act, [source], clip, SeveralSinks([page]), live)
 
         def observe() -> None:
             try:
