@@ -29,7 +29,8 @@ from diffusionact.files import write_whole
 from diffusionact.landmarks import Landmarks, Track
 from diffusionact.runtime.loop import Approximation
 from diffusionact.runtime.openvino import PRECISIONS
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 
 Picture = NDArray[np.uint8]
 Variant = tuple[str, str, Approximation | None]

@@ -38,7 +38,8 @@ from diffusionact.errors import SettingsError
 from diffusionact.export import parity
 from diffusionact.export.bundle import PUBLISHED_CARD, export_bundle
 from diffusionact.manifest import Sampling
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.training import diffusion, weights, weights_folder
 from tests.golden import rule
 

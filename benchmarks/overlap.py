@@ -26,9 +26,10 @@ from diffusionact.files import write_whole
 from diffusionact.runtime.clip import prepare_portrait
 from diffusionact.runtime.media import open_reader
 from diffusionact.runtime.motion import Motion, driver_motion
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
 from diffusionact.runtime.rendering import render_motion
 from diffusionact.runtime.session import Session
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.writer import open_writer
 
 T = TypeVar("T")

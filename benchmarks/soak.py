@@ -35,7 +35,8 @@ from diffusionact.runtime.clip import prepare_portrait
 from diffusionact.runtime.control import Goal
 from diffusionact.runtime.live import LiveSession, LiveSettings
 from diffusionact.runtime.mjpeg import HttpSink
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.sinks import SeveralSinks
 
 SAMPLES = 120  # of a session, at least one a second apart

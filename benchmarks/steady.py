@@ -30,8 +30,9 @@ from diffusionact.assets import bundle_path, driver_path, portrait_paths
 from diffusionact.files import write_whole
 from diffusionact.landmarks import Track, sidecar_path
 from diffusionact.runtime.loop import Loop
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
 from diffusionact.runtime.session import Session
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.source import Source
 
 STAGES = ("condition", "encode", "render", "paste")

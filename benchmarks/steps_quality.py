@@ -43,7 +43,8 @@ from diffusionact.export.bundle import FACE128_CARD, Card, export_bundle
 from diffusionact.files import write_whole
 from diffusionact.landmarks import Track
 from diffusionact.manifest import Sampling, file_sha256
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.schedule import (
     alpha_bars,
     inversion_run,

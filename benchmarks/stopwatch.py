@@ -28,7 +28,8 @@ from diffusionact.runtime.camera import ClipCamera
 from diffusionact.runtime.clip import prepare_portrait
 from diffusionact.runtime.live import LiveReport, LiveSession, LiveSettings
 from diffusionact.runtime.media import NS, Frame, open_reader
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.sinks import FileSink, SeveralSinks
 from diffusionact.runtime.source import Source
 from diffusionact.runtime.writer import open_writer

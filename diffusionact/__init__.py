@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     )
     from diffusionact.landmarks import Landmarks, Track
     from diffusionact.runtime.media import open_reader
-    from diffusionact.runtime.reenactor import Reenactor, Result, Settings
+    from diffusionact.runtime.reenactor import Reenactor, Result
     from diffusionact.runtime.session import Session
+    from diffusionact.runtime.settings import Settings
     from diffusionact.runtime.source import Source
     from diffusionact.runtime.stream import StreamReport, stream
     from diffusionact.runtime.writer import open_writer
@@ -69,8 +70,9 @@ _MODULES = {
     ),
     "landmarks": ("Landmarks", "Track"),
     "runtime.media": ("open_reader",),
-    "runtime.reenactor": ("Reenactor", "Result", "Settings"),
+    "runtime.reenactor": ("Reenactor", "Result"),
     "runtime.session": ("Session",),
+    "runtime.settings": ("Settings",),
     "runtime.source": ("Source",),
     "runtime.stream": ("StreamReport", "stream"),
     "runtime.writer": ("open_writer",),

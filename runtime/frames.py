@@ -8,7 +8,6 @@ array is kept until the last user of the view is gone.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from diffusionact.errors import MediaError
+from diffusionact.runtime.cuda import DeviceArray
 from diffusionact.runtime.device import Device
 
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
@@ -47,30 +47,6 @@ class SpeaksInterface(Protocol):
 Foreign: TypeAlias = SpeaksDlpack | SpeaksInterface
 
 
-class View:
-    """As `device.DeviceArray`: the memory of another library's array, which it keeps."""
-
-    def __init__(self, owner: Any, ptr: int, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
-        self.owner = owner
-        self.ptr = ptr
-        self.shape = tuple(shape)
-        self.dtype = dtype
-        self.nbytes = math.prod(self.shape) * dtype.itemsize
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {
-            "shape": self.shape,
-            "typestr": self.dtype.str,
-            "data": (self.ptr, False),
-            "strides": None,
-            "version": 3,
-        }
-
-    def first(self, rows: int) -> View:
-        return View(self.owner, self.ptr, (rows, *self.shape[1:]), self.dtype)
-
-
 def lies_on_device(array: object) -> bool:
     """Return whether the array is another library's, in a GPU's memory."""
     if isinstance(array, np.ndarray):
@@ -82,7 +58,7 @@ def lies_on_device(array: object) -> bool:
 
 def device_view(
     array: Any, device: Device, what: str, shape: Sequence[int | None], dtype: str = "uint8"
-) -> View:
+) -> DeviceArray:
     """Return the array where it lies; the device's stream waits for what its maker still does.
 
     what: for errors, such as "driver frame"; shape: that is wanted, None for any size.
@@ -152,14 +128,16 @@ def _kind(array: object) -> int | None:
     return int(array.__dlpack_device__()[0])
 
 
-def _from_interface(array: Any, device: Device, what: str) -> tuple[View, tuple[int, ...] | None]:
+def _from_interface(
+    array: Any, device: Device, what: str
+) -> tuple[DeviceArray, tuple[int, ...] | None]:
     told = array.__cuda_array_interface__
     if told.get("mask") is not None:
         raise MediaError(f"{what}: a masked array; wanted all of its pixels")
     stream = told.get("stream")  # of version 3; None: nothing is under way
     if stream is not None:
         device.wait_for(int(stream))
-    view = View(array, int(told["data"][0]), told["shape"], np.dtype(told["typestr"]))
+    view = DeviceArray(array, int(told["data"][0]), told["shape"], np.dtype(told["typestr"]))
     strides = told.get("strides")
     return view, None if strides is None else tuple(strides)
 
@@ -184,7 +162,9 @@ class _Tensor(ctypes.Structure):
 _KINDS = {0: "i", 1: "u", 2: "f"}  # of numbers, DLPack's code -> NumPy's letter
 
 
-def _from_dlpack(array: Any, device: Device, what: str) -> tuple[View, tuple[int, ...] | None]:
+def _from_dlpack(
+    array: Any, device: Device, what: str
+) -> tuple[DeviceArray, tuple[int, ...] | None]:
     try:
         capsule = array.__dlpack__(stream=device.stream)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
@@ -202,11 +182,11 @@ def _from_dlpack(array: Any, device: Device, what: str) -> tuple[View, tuple[int
     if tensor.strides:
         strides = tuple(count * dtype.itemsize for count in tensor.strides[: tensor.ndim])
     # The capsule, which is never marked as used, gives the memory back when the view is gone.
-    view = View((capsule, array), (tensor.data or 0) + tensor.byte_offset, shape, dtype)
+    view = DeviceArray((capsule, array), (tensor.data or 0) + tensor.byte_offset, shape, dtype)
     return view, strides
 
 
-def _check(view: View, what: str, shape: Sequence[int | None], dtype: str) -> None:
+def _check(view: DeviceArray, what: str, shape: Sequence[int | None], dtype: str) -> None:
     fits = len(view.shape) == len(shape) and all(
         size in (None, seen) for size, seen in zip(shape, view.shape, strict=True)
     )

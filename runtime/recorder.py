@@ -18,7 +18,8 @@ from diffusionact.manifest import Manifest, TensorSpec
 from diffusionact.progress import ProgressCallback
 from diffusionact.runtime.component import Array, Component
 from diffusionact.runtime.loop import open_loop
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.source import Source
 
 Feed: TypeAlias = dict[str, Array]

@@ -22,7 +22,8 @@ from diffusionact.runtime.contest import peak_memory_mib
 from diffusionact.runtime.loop import Approximation
 from diffusionact.runtime.media import FRAME_NS, open_reader, read_image
 from diffusionact.runtime.motion import driver_motion
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.sidecar import Sidecar
 from diffusionact.runtime.source import Source
 from diffusionact.runtime.timing import StopWatch

@@ -33,7 +33,8 @@ import torch
 from diffusionact import schedule
 from diffusionact.errors import SettingsError
 from diffusionact.manifest import Sampling, Schedule
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 
 if __name__ == "__main__":  # run as a script, only tests/ is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -18,7 +18,8 @@ from diffusionact import manifest as manifest_file
 from diffusionact.landmarks import Track
 from diffusionact.runtime.loop import open_loop
 from diffusionact.runtime.recorder import Recorder
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 
 Array: TypeAlias = npt.NDArray[Any]
 Feed: TypeAlias = Mapping[str, Array]

@@ -20,7 +20,8 @@ from diffusionact.manifest import Manifest
 from diffusionact.runtime import choice, trial
 from diffusionact.runtime.choice import Choice, choose, explain
 from diffusionact.runtime.loop import open_loop
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.trial import Measured
 
 pytestmark = pytest.mark.usefixtures("measured_choice")

@@ -19,7 +19,8 @@ from diffusionact.landmarks import Landmarks, Track, sidecar_path
 from diffusionact.runtime.clip import prepare_portrait, run_clip
 from diffusionact.runtime.media import FRAME_NS, VideoReader, open_reader, read_image
 from diffusionact.runtime.motion import driver_motion
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.timing import StageTimes
 from diffusionact.runtime.writer import make_track, open_writer
 from tests.clips import ScriptedTracker, folder_of, moving, write_portrait

@@ -30,7 +30,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is 
 CHILD = """
     import re, sys
     from diffusionact.runtime.clip import run_clip
-    from diffusionact.runtime.reenactor import Reenactor, Settings
+    from diffusionact.runtime.reenactor import Reenactor
+    from diffusionact.runtime.settings import Settings
     with Reenactor.load(sys.argv[1], settings=Settings(threads=1)) as act:
         report = run_clip(act, *sys.argv[2:5], progress=lambda *_: None)
     # ru_maxrss would be no less than that of the process which started this one

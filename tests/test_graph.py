@@ -21,7 +21,8 @@ from diffusionact.runtime import cuda, gpu_choice, graph, ort, trt
 from diffusionact.runtime.choice import choose
 from diffusionact.runtime.graph import GraphLoop, open_graph_loop
 from diffusionact.runtime.loop import Loop, open_loop
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from tests.recording_device import OnDevice, RecordingDevice
 
 SIDE, K, Z = 32, 4, 8  # of the toy bundle

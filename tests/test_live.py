@@ -17,7 +17,8 @@ from diffusionact.runtime.camera import open_camera
 from diffusionact.runtime.control import Goal
 from diffusionact.runtime.live import LiveReport, LiveSession, LiveSettings
 from diffusionact.runtime.media import Frame, open_reader
-from diffusionact.runtime.reenactor import Reenactor, Result, Settings
+from diffusionact.runtime.reenactor import Reenactor, Result
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.sinks import SeveralSinks, open_sink
 from diffusionact.runtime.source import Source
 from diffusionact.runtime.tracker import open_tracker

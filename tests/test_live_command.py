@@ -22,7 +22,8 @@ from diffusionact.runtime.clip import prepare_portrait
 from diffusionact.runtime.control import Goal
 from diffusionact.runtime.live import LiveSettings
 from diffusionact.runtime.media import NS, open_reader
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from tests.clips import grey, write, write_portrait
 
 

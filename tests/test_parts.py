@@ -17,7 +17,8 @@ from diffusionact.runtime.media import open_reader
 from diffusionact.runtime.motion import Motion
 from diffusionact.runtime.parts import Parts
 from diffusionact.runtime.recipe import differences, recipe_of
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.writer import make_track
 from tests.clips import folder_of
 

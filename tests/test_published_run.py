@@ -21,7 +21,8 @@ from diffusionact import manifest as manifest_file
 from diffusionact.assets import portrait_paths
 from diffusionact.landmarks import Track
 from diffusionact.runtime.published.tracker import PublishedTracker
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from tests.golden import rule
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(3000)]

@@ -26,7 +26,8 @@ from diffusionact.runtime.clip import run_clip
 from diffusionact.runtime.component import check_bound
 from diffusionact.runtime.published.codes import FaceCodes
 from diffusionact.runtime.published.tracker import PublishedTracker
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.source import Source
 from diffusionact.runtime.tracker import open_tracker_of
 

@@ -18,7 +18,8 @@ from diffusionact.image import bgr_to_rgb, to_tensor, to_uint8, warp_crop
 from diffusionact.landmarks import Landmarks, crop_matrix
 from diffusionact.runtime.loop import open_loop
 from diffusionact.runtime.paste import on_whole_pixels
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.source import Source
 
 UInt8Array = npt.NDArray[np.uint8]

@@ -29,7 +29,8 @@ from diffusionact.runtime.journal import Journal
 from diffusionact.runtime.loop import Loop
 from diffusionact.runtime.media import FRAME_NS
 from diffusionact.runtime.parts import Parts, forget_parts, parts_folder
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.writer import make_track
 from tests.clips import moving, write_portrait
 from tests.test_audio import beep_time_s, write_sound
@@ -119,7 +120,8 @@ CHILD = """
     from pathlib import Path
     from diffusionact.runtime.clip import run_clip
     from diffusionact.runtime.media import VideoReader
-    from diffusionact.runtime.reenactor import Reenactor, Settings
+    from diffusionact.runtime.reenactor import Reenactor
+    from diffusionact.runtime.settings import Settings
     bundle, portrait, driver, output, where, number = sys.argv[1:]
     left = int(number)
 

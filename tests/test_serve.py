@@ -19,7 +19,8 @@ import pytest
 from diffusionact.errors import BackendMissing
 from diffusionact.landmarks import Landmarks
 from diffusionact.runtime.control import Goal
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.web import messages
 from diffusionact.runtime.web import studio as studio_module
 from diffusionact.runtime.web.pictures import BadPicture, decode, size_of

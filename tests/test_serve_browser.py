@@ -17,7 +17,8 @@ import pytest
 from diffusionact.assets import bundle_path, driver_path, portrait_paths
 from diffusionact.errors import BackendMissing, NoFace
 from diffusionact.landmarks import EYE_A, EYE_B, Landmarks
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.tracker import MediaPipeTracker
 from diffusionact.runtime.web.server import Site, web_tracker
 from diffusionact.runtime.web.visitor import Limits

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from diffusionact.errors import SettingsError
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.web import messages
 from diffusionact.runtime.web.guard import Bucket, Guard
 from diffusionact.runtime.web.pace import EARLY_MS, Pace

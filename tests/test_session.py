@@ -12,8 +12,9 @@ import pytest
 
 from diffusionact.errors import SettingsError
 from diffusionact.landmarks import Landmarks, Track
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
 from diffusionact.runtime.session import Session
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.source import Source
 
 Portrait = tuple[npt.NDArray[np.uint8], Landmarks]

@@ -13,7 +13,8 @@ import pytest
 from benchmarks.steady import frame, network_times, summary
 from diffusionact import bundle_path, driver_path, portrait_paths
 from diffusionact.landmarks import Track
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.source import Source
 
 # Landmarks, laps and a Result are Python objects of a few kilobytes; the least picture on the way,

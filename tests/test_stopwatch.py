@@ -21,7 +21,8 @@ from diffusionact.errors import BackendMissing
 from diffusionact.runtime.clip import prepare_portrait
 from diffusionact.runtime.live import LiveReport
 from diffusionact.runtime.media import open_reader
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.timing import StageTimes
 from diffusionact.runtime.tracker import open_tracker
 

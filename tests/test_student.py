@@ -15,7 +15,8 @@ from diffusionact.commands.eval.methods import Models, Setup
 from diffusionact.errors import BundleError, SettingsError
 from diffusionact.manifest import Manifest, Sampling
 from diffusionact.runtime.loop import open_loop, runs
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.training import weights
 from diffusionact.training.models import FACE128, UNet
 

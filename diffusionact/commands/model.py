@@ -64,7 +64,8 @@ def bundle_argument(parser: argparse.ArgumentParser) -> None:
 
 def load_reenactor(arguments: argparse.Namespace) -> Reenactor:
     """Return the reenactor of `model_options` and of what the command adds to them."""
-    from diffusionact.runtime.reenactor import Reenactor, Settings
+    from diffusionact.runtime.reenactor import Reenactor
+    from diffusionact.runtime.settings import Settings
 
     settings = Settings(
         steps=arguments.steps,

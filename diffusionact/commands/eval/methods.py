@@ -148,7 +148,8 @@ class Models:
     def _open(self, setup: Setup) -> Reenactor:
         from diffusionact.runtime.choice import choose
         from diffusionact.runtime.loop import open_loop
-        from diffusionact.runtime.reenactor import Reenactor, Settings
+        from diffusionact.runtime.reenactor import Reenactor
+        from diffusionact.runtime.settings import Settings
 
         settings = Settings(
             steps=setup.steps,

@@ -24,7 +24,8 @@ from diffusionact.manifest import read as read_manifest
 from diffusionact.progress import Progress
 from diffusionact.runtime.clip import prepare_portrait, run_clip
 from diffusionact.runtime.media import FRAME_NS, Frame, Image, open_reader
-from diffusionact.runtime.reenactor import Reenactor, Settings
+from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.stream import stream
 from diffusionact.runtime.tracker import open_tracker
 from diffusionact.runtime.writer import open_writer
