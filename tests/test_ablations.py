@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from benchmarks import ablation_plan, ablation_scores, ablation_table, ablations
 from benchmarks.ablation_plan import Run
 from diffusionact.errors import SettingsError
 from diffusionact.training import data
-from diffusionact.training.config import Recipe, parse_recipe
+from diffusionact.training.config import PoolRecipe, Recipe, parse_recipe
 from diffusionact.training.judges import Truth
 from diffusionact.training.models.judge import Judge, JudgeConfig
 
@@ -198,6 +199,11 @@ def test_small_pool_keeps_faces_and_where_things_are(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pool.gaze, pool.points[:, :, :2, :2])
     again = small_pool.shrink_pool(tmp_path / "large", tmp_path / "small", 8, 2)
     np.testing.assert_array_equal(again.images, pool.images)
+    # A recipe that asks for such a pool has it: `diffusionact train` renders nothing.
+    asked = PoolRecipe(str(tmp_path / "small"), identities=2, frames=2, size=8, seed=0, held_out=1)
+    data.render_faces(asked)
+    with pytest.raises(SettingsError, match="wanted"):
+        data.render_faces(dataclasses.replace(asked, frames=3))
     with pytest.raises(SettingsError, match="multiple of 5"):
         small_pool.shrink_pool(tmp_path / "large", tmp_path / "other", 5, 2)
     with pytest.raises(SettingsError, match="another pool"):

@@ -268,13 +268,22 @@ def test_a_published_file_becomes_its_critic(field: str, tmp_path: Path) -> None
     assert isinstance(critics.networks[field], FaceModel if field == "emoca" else FrozenNetwork)
 
 
-def test_a_file_in_another_s_place_and_a_missing_one_are_told(tmp_path: Path) -> None:
+def test_a_file_in_another_s_place_is_told(tmp_path: Path) -> None:
     weights = replace(CriteriaRecipe(**OFF), style=1.0)
     path = write_published(tmp_path, "bisenet")
     with pytest.raises(SettingsError, match="is the file of BiSeNet.*Wanted here: FaRL"):
         open_critics(CriticRecipe(farl=str(path)), weights)
-    with pytest.raises(SettingsError, match="farl = '.*nothing.pth': no such file. FaRL"):
-        open_critics(CriticRecipe(farl=str(tmp_path / "nothing.pth")), weights)
+
+
+def test_all_files_that_are_not_there_are_told_at_once(tmp_path: Path) -> None:
+    weights = replace(CriteriaRecipe(**OFF), style=1.0, identity=1.0, perceptual=1.0)
+    lost = {name: str(tmp_path / f"no_{name}.pth") for name in ("farl", "arcface")}
+    there = {"vgg19": str(write_published(tmp_path, "vgg19"))}
+    with pytest.raises(SettingsError, match="The ways on") as raised:
+        open_critics(CriticRecipe(**lost, **there), weights)
+    for name, path in lost.items():
+        assert f'{name} = "{path}" for ' in str(raised.value)
+    assert str(raised.value).count("(no such file)") == 2 and "vgg19" not in str(raised.value)
 
 
 def test_nothing_given_names_every_file_its_licence_and_the_ways_on() -> None:

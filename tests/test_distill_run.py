@@ -14,7 +14,7 @@ from diffusionact.training import loop, state, weights
 from diffusionact.training.config import Recipe, parse_recipe
 from diffusionact.training.models import FACE128, ReenactmentEncoder, SemanticEncoder, UNet
 from diffusionact.training.world import alone
-from tests.test_training import write_pool
+from tests.test_training import stop_after, write_pool
 
 pytestmark = pytest.mark.torch
 
@@ -119,6 +119,32 @@ def test_a_round_that_is_taken_up_again_has_the_teacher_it_began_with(folder: Pa
     assert again.state.before is not None
     for key, value in again.state.before["unet"].state_dict().items():
         assert torch.equal(value, began[key]), key
+
+
+@pytest.mark.parametrize("method", ["sampler", "consistency", "progressive"])
+def test_a_student_of_fine_tuned_weights_is_taken_up_again(folder: Path, method: str) -> None:
+    """They have an inverter of their own, which the student puts away and no checkpoint holds."""
+    parts = {name: weights.load("teacher.safetensors").network(name)
+             for name in ("render", "encoder", "reenactment")}  # fmt: skip
+    weights.save("teacher.safetensors", TINY, {**parts, "invert": UNet(TINY)}, provenance={})
+    described, alone_here = recipe(method), alone(torch.device("cpu"))
+    whole = loop.Trainer(described, folder / "whole", alone_here)
+    assert whole.state.invert is not None
+    assert whole.run()
+    first = loop.Trainer(described, folder / "run", alone_here)
+    stop_after(first, 1)
+    assert not first.run()
+    again = loop.Trainer(described, folder / "run", alone_here)
+    again.resume()
+    assert again.run() and again.state.invert is None
+    for name, value in whole.state.ema.state_dict().items():
+        assert torch.equal(again.state.ema.state_dict()[name], value), name
+
+
+def test_a_student_of_nobody_is_refused() -> None:
+    stage = STAGE.format(method="sampler", inverter="false")
+    with pytest.raises(SettingsError, match="no start, .*begin from random weights"):
+        parse_recipe(RECIPE.replace('start = "teacher.safetensors"\n', "") + stage)
 
 
 def test_a_teacher_that_is_not_there_ends_the_run_before_it_begins(folder: Path) -> None:

@@ -70,6 +70,15 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+def test_each_picture_is_a_person_where_one_says_so(tmp_path: Path) -> None:
+    root = tree(tmp_path, "00000/00001.png", "00000/00000.png", "01000/01000.JPG", "LICENSE.txt")
+    found = footage(root, "pictures")
+    assert [each.name for each in found] == ["00000/00000", "00000/00001", "01000/01000"]
+    assert [each.identity for each in found] == [each.name for each in found]
+    assert all(each.path.is_file() for each in found)
+    assert {each.identity for each in footage(root)} == {"00000", "01000"}  # guessed: two clips
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("automatic", [True, False])
 def test_layouts(name: str, automatic: bool, tmp_path: Path) -> None:

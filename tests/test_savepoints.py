@@ -118,6 +118,18 @@ def test_a_run_killed_and_resumed_is_the_run_that_was_not(folder: Path) -> None:
     assert not list((folder / "halves").glob(".part-*"))
 
 
+def test_dropout_goes_on_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published networks have it; what it drops is the step's, not the process's."""
+    monkeypatch.setattr(state, "PRESETS", {"tiny": replace(TINY, dropout=0.3)})
+    (folder / "tiny.toml").write_text(TEXT.format(folder=folder))
+    train(folder, "whole")
+    with pytest.raises(Killed):
+        train(folder, "halves", kill_at=KILLED_AT)
+    torch.manual_seed(99)
+    train(folder, "halves")
+    assert_same_weights(folder)
+
+
 # The same with kill -9 itself.
 RUN = f"""
 import os, signal, sys

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from diffusionact.errors import SettingsError
+from diffusionact.schedule import alpha_bars
 from diffusionact.training import loop, state, weights
 from diffusionact.training.config import CriteriaRecipe, StageRecipe, load_recipe, parse_recipe
 from diffusionact.training.critics import Critics
 from diffusionact.training.data import PairSampler, Pool
-from diffusionact.training.diffusion import render
+from diffusionact.training.diffusion import invert, render, to_batch
 from diffusionact.training.inversions import InversionCache
 from diffusionact.training.inverted_sources import inverted_sources
 from diffusionact.training.losses import HeadTargets
@@ -32,6 +33,7 @@ from tests.test_training import write_pool
 pytestmark = pytest.mark.torch
 
 SIDE = 16
+SPREAD = 0.3  # of a pixel's value
 TINY = replace(FFHQ64, image_size=SIDE, channels=32, channel_mult=(1, 2), encoder_mult=(1, 2),
                attention_at=(8,), res_blocks=1, embed=32)  # fmt: skip
 PLAIN = CriteriaRecipe(
@@ -250,9 +252,17 @@ def files(folder: Path) -> list[Path]:
 
 
 def test_a_cached_inversion_is_a_fresh_one(text: str, tmp_path: Path) -> None:
+    """By the U-Net that inverts, not the one that renders, under the source's semantic code."""
     run, recipe, sources = new_state(text), parse_recipe(text), pictures(3)
+    run.keep_inverter()
+    with torch.no_grad():
+        for parameter in run.ema["unet"].parameters():
+            parameter.mul_(0.9)  # as fine-tuning moves it
     cached = inverted_sources(run, recipe, tmp_path, torch.device("cpu"))
-    fresh = cached._inverter(sources)
+    x_0 = to_batch(sources, torch.device("cpu"))
+    with torch.no_grad():
+        assert run.invert is not None
+        fresh = invert(run.invert, run.config.prediction, x_0, run.ema["encoder"](x_0), 3).numpy()
     np.testing.assert_array_equal(cached(sources), fresh)
     kept = files(tmp_path / "inversions")
     assert len(kept) == 3
@@ -262,15 +272,39 @@ def test_a_cached_inversion_is_a_fresh_one(text: str, tmp_path: Path) -> None:
     assert [path.stat().st_mtime_ns for path in kept] == before, "read, not made again"
 
 
+class OfGaussians(torch.nn.Module):
+    """The exact eps of pictures whose pixels are N(0, SPREAD^2), each by itself."""
+
+    def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
+        level = torch.from_numpy(alpha_bars()).float()[t][:, None, None, None]
+        return x * (1 - level).sqrt() / (level * SPREAD**2 + 1 - level)
+
+
 def test_the_noise_leads_back_to_the_source(text: str, tmp_path: Path) -> None:
-    """With a decoder that predicts nothing, both directions only scale: what comes back is known."""
-    run, recipe = new_state(text), parse_recipe(text)
-    for parameter in run.ema["unet"].out.parameters():  # type: ignore[union-attr]
-        parameter.data.zero_()
-    cached = inverted_sources(run, recipe, tmp_path, torch.device("cpu"))
-    grey = np.full((1, SIDE, SIDE, 3), 136, np.uint8)  # 0.067: does not reach the clipping
-    x_T = torch.from_numpy(cached(grey))
-    assert float(x_T.std()) == 0 and not x_T.any(), "eps = 0 all the way: no noise is found"
+    """The network that made it renders the source again, the nearer the more steps there are."""
+    run, recipe, sources = new_state(text), parse_recipe(text), 96 + pictures(2) // 4
+    run.ema["unet"] = OfGaussians()
+    x_0 = to_batch(sources, torch.device("cpu"))
+    z, errors = run.ema["encoder"](x_0), []
+    for steps in (10, 50, 250):
+        recipe = replace(recipe, inversions=replace(recipe.inversions, steps=steps))
+        x_T = torch.from_numpy(inverted_sources(run, recipe, tmp_path, x_0.device)(sources))
+        assert 0.5 < float(x_T.std() / x_0.std()) * SPREAD < 2.0, "noise"
+        back = render(run.ema["unet"], run.config.prediction, x_T, z, steps)
+        errors.append(float((back - x_0).abs().max()))
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.02, errors
+
+
+def test_what_fills_its_share_of_the_disk_is_made_anew(
+    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, recipe, sources = new_state(text), parse_recipe(text), pictures(3)
+    one_gb = 4 * 3 * SIDE * SIDE / 1e9
+    small = replace(recipe, inversions=replace(recipe.inversions, most_gb=2 * one_gb))
+    cached = inverted_sources(run, small, tmp_path, torch.device("cpu"))
+    first = cached(sources)
+    assert 1 <= len(files(tmp_path / "inversions")) <= 2 and "most_gb" in caplog.text
+    np.testing.assert_array_equal(cached(sources), first)
 
 
 def test_other_weights_or_steps_have_another_folder(text: str, tmp_path: Path) -> None:

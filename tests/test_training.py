@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from diffusionact.errors import DeviceError, SettingsError
-from diffusionact.training import loop, state, weights
+from diffusionact.training import loop, savepoints, state, weights
 from diffusionact.training.config import (
     LoopRecipe,
     LossRecipe,
@@ -132,6 +133,10 @@ def test_shipped_recipes_load(path: Path) -> None:
         (('kind = "reenact"', 'kind = "swap"'), "kind = 'swap', wanted one of 'scene', 'auto"),
         (("cached_from = 0.4", "cached_from = 4"), "cached_from = 4, wanted 0..1"),
         (("images = 16", "images = 0"), "images = 0, wanted above 0"),
+        (("images = 16", "images = 16\naccumulate = 0"), "accumulate = 0, wanted above 0"),
+        (("images = 16", "images = 16\nminutes = 0"), "minutes = 0, wanted above 0"),
+        (("every = 1", "every = 0"), r"\[inversions\]: every = 0, wanted 1 or more"),
+        (("steps = 2", "steps = [5, 3]"), "ascending"),
         (("images = 8\nbatch = 4", "images = 8\nbatch = 5"), "batch = 5, wanted an even number"),
         (('folder = "{folder}"', ""), "folder"),
         (("[pool]", 'pool = "here"\n[other]'), "'here', wanted a table"),
@@ -299,6 +304,80 @@ def test_a_new_run_leaves_the_checkpoint_of_another_alone(
     with pytest.raises(SettingsError, match=r"checkpoint-.* is .* --resume, .* with -o"):
         loop.train(recipe_path, out=tmp_path / "run", device="cpu")
     assert checkpoint.read_bytes() == before
+
+
+def test_weights_lie_in_the_run_s_folder_unless_the_recipe_says_where(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    text = recipe_path.read_text()
+    recipe_path.write_text("\n".join(x for x in text.splitlines() if not x.startswith("weights")))
+    loop.train(recipe_path, out=tmp_path / "run", device="cpu")
+    assert weights.load(tmp_path / "run" / "weights.safetensors").provenance["complete"]
+
+
+def test_no_recipe_overwrites_what_is_shipped() -> None:
+    shipped = Path("training/checkpoints")
+    for path in RECIPES.glob("*.toml"):
+        if path.stem in ("guide128", "judge128"):  # made to be kept there
+            continue
+        assert Path(load_recipe(path).weights).parent != shipped, path.name
+
+
+def test_a_step_that_is_no_number_ends_the_run_and_spoils_nothing(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, turns = trainer(recipe_path, tmp_path / "run"), itertools.count()
+    run.save()
+    gradients = run._gradients
+
+    def spoilt(*arguments: object) -> dict[str, torch.Tensor]:
+        parts = gradients(*arguments)  # type: ignore[arg-type]
+        if next(turns) == 2:
+            for parameter in run.state.live["unet"].parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("nan"))
+        return parts
+
+    monkeypatch.setattr(run, "_gradients", spoilt)
+    kept = savepoints.newest(tmp_path / "run")
+    assert kept is not None
+    before = kept.read_bytes()
+    with pytest.raises(loop.TrainingDiverged, match=r"step 2: .*--resume, lower lr"):
+        run.run()
+    assert savepoints.newest(tmp_path / "run") == kept and kept.read_bytes() == before
+    assert all(bool(value.isfinite().all()) for value in run.state.live.state_dict().values())
+
+
+def test_curves_tell_the_rate_and_begin_with_their_run(recipe_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    curves = tmp_path / "run" / "curves.jsonl"
+    curves.write_text('{"stage": "of a run that was killed before it had saved"}\n')
+    run = trainer(recipe_path, tmp_path / "run")
+    rates = []
+    step = run._step
+
+    def seen(*arguments: object) -> dict[str, torch.Tensor]:
+        parts = step(*arguments)  # type: ignore[arg-type]
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        return parts
+
+    run._step = seen  # type: ignore[method-assign,assignment]
+    run.run()
+    lines = [json.loads(line) for line in curves.read_text().splitlines()]
+    told = [line["lr"] for line in lines if "lr" in line]
+    assert "of a run" not in curves.read_text()
+    assert told == pytest.approx(rates, rel=1e-4) and len(set(told)) > 2
+
+
+def test_tensorboard_holds_what_the_lines_hold(recipe_path: Path, tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    loop.train(recipe_path, out=tmp_path / "run", device="cpu")
+    lines = [json.loads(x) for x in (tmp_path / "run" / "curves.jsonl").read_text().splitlines()]
+    events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    told = {line["seen"]: line["denoising"] for line in lines if line.get("stage") == "autoencoder"}
+    found = {event.step: event.value for event in events.Scalars("autoencoder/denoising")}
+    assert found == pytest.approx(told) and len(found) == 4
+    assert events.Tags()["images"], "no sample sheet"
 
 
 def test_weights_name_every_recipe_of_their_run(

@@ -79,6 +79,7 @@ class InversionRecipe:
     fill: int = 256
     every: int = 50  # training steps between two refreshes
     batch: int = 64
+    most_gb: float = 100.0  # of the disk, that stage sampler's noise may take; then it is made anew
     folder: str = ""  # of stage sampler's noise, made once for each source; "": in the run's folder
 
 
@@ -207,7 +208,7 @@ class Recipe:
     student: StudentRecipe = field(default_factory=StudentRecipe)
     loop: LoopRecipe = field(default_factory=LoopRecipe)
     seed: int = 1
-    weights: str = "training/checkpoints/teacher.safetensors"
+    weights: str = ""  # what is written at the end; "": weights.safetensors in the run's folder
     start: str = ""  # weights to begin from instead of random ones
     digest: str = ""
 
@@ -281,6 +282,7 @@ def _check(recipe: Recipe, where: str) -> None:
             f"{where} [pool]: held_out = {recipe.pool.held_out}, wanted between 1 and "
             f"identities - 1 = {recipe.pool.identities - 1}"
         )
+    _check_inversions(recipe.inversions, where)
     for name, weight in dataclasses.asdict(recipe.criteria).items():
         if not 0 <= weight < float("inf"):
             raise SettingsError(f"{where} [criteria]: {name} = {weight}, wanted 0 or above")
@@ -303,9 +305,20 @@ def _check(recipe: Recipe, where: str) -> None:
         for name, value in fractions.items():
             if not 0 <= value <= 1:
                 raise SettingsError(f"{where} [[stages]]: {name} = {value}, wanted 0..1")
-        for name, number in (("images", stage.images), ("batch", stage.batch), ("lr", stage.lr)):
-            if number <= 0:
+        above = {"images": stage.images, "batch": stage.batch, "lr": stage.lr,
+                 "accumulate": stage.accumulate, "minutes": stage.minutes}  # fmt: skip
+        for name, number in above.items():
+            if number is not None and number <= 0:
                 raise SettingsError(f"{where} [[stages]]: {name} = {number}, wanted above 0")
+
+
+def _check_inversions(inversions: InversionRecipe, where: str) -> None:
+    if not isinstance(inversions.steps, int):  # which counts there are depends on the network
+        timesteps(inversions.steps)
+    for name in ("capacity", "fill", "every", "batch"):
+        if getattr(inversions, name) < 1:
+            seen = getattr(inversions, name)
+            raise SettingsError(f"{where} [inversions]: {name} = {seen}, wanted 1 or more")
 
 
 def _check_sampler(stage: StageRecipe, where: str) -> None:
@@ -318,6 +331,11 @@ def _check_sampler(stage: StageRecipe, where: str) -> None:
 
 
 def _check_student(recipe: Recipe, where: str) -> None:
+    if not recipe.start and recipe.stages[0].kind == "student":
+        raise SettingsError(
+            f"{where}: no start, and the first stage makes a student: it would begin from random "
+            f"weights; name its teacher's: start = {recipe.student.of!r}"
+        )
     student, example = recipe.student, '{ "4" = [300, 550, 800, 980], "1" = [980] }'
     if not student.render:
         raise SettingsError(

@@ -171,7 +171,9 @@ def _losses(
     made = critics.read(result, goal.points, asked)
     if made.identity is not None and source.identity is not None:
         parts["identity"] = identity(made.identity, source.identity)
-    return parts | _of_readings(made, due)
+    parts |= _of_readings(made, due)
+    assert set(parts) == asked, f"no loss for {set(asked) ^ set(parts)}"  # one that was added
+    return parts
 
 
 def _of_readings(made: Reading, due: Reading) -> dict[str, Tensor]:

@@ -46,7 +46,8 @@ ASKS = {
     "head_pose": "emoca",
 }
 KINDS = {"xgaze": "gaze"}  # field of [critics] -> name in origins.ORIGINS, where they differ
-GUIDES = frozenset(ASKS) - {"background"}  # what the guide reads
+# What the guide reads.
+GUIDES = frozenset({"perceptual", "identity", "style", "shape", "gaze", "head_pose"})
 EXACT_BACKGROUND = 0  # the renderer's label
 
 
@@ -228,6 +229,9 @@ def open_critics(
     by_guide = GUIDES if recipe.guide else frozenset()
     if lost := [n for n in ASKS if n in asked and n not in by_guide and not _file(recipe, n)]:
         raise missing(*lost)
+    given = {n: Path(_file(recipe, n)) for n in ASKS if n in asked and _file(recipe, n)}
+    if lost := [n for n, path in given.items() if not path.exists()]:
+        raise missing(*lost, seen=given)
     networks: dict[str, nn.Module] = {}
     for field in sorted({ASKS[loss] for loss in asked}):
         if path := getattr(recipe, field):
@@ -238,13 +242,17 @@ def open_critics(
     return Critics(networks).to(device)
 
 
-def missing(*losses: str) -> SettingsError:
-    """The error that names the files which losses ask, their licences, and the ways on."""
+def missing(*losses: str, seen: Mapping[str, Path] | None = None) -> SettingsError:
+    """The error that names the files which losses ask, their licences, and the ways on.
+
+    seen: loss -> the file that the recipe names, and that is not there."""
+    named = {ASKS[loss]: str(path) for loss, path in (seen or {}).items()}
     asking: dict[str, list[str]] = {}
     for loss in losses:
         asking.setdefault(ASKS[loss], []).append(loss)
     said = [
-        f'{field} = "FILE" for {" and ".join(names)}: {ORIGINS[KINDS.get(field, field)].told()}'
+        f'{field} = "{named.get(field, "FILE")}" for {" and ".join(names)}'
+        f"{' (no such file)' if field in named else ''}: {ORIGINS[KINDS.get(field, field)].told()}"
         for field, names in asking.items()
     ]
     ways = ["give them in [critics]", f"leave the losses out ({losses[0]} = 0 in [criteria])"]
@@ -267,10 +275,6 @@ def _file(recipe: CriticRecipe, loss: str) -> str:
 def _opened(field: str, path: Path) -> nn.Module:
     """The network of a published file."""
     kind = KINDS.get(field, field)
-    if not path.exists():
-        raise SettingsError(
-            f"[critics]: {field} = {str(path)!r}: no such file. {ORIGINS[kind].told()}"
-        )
     files, cfg_yaml = emoca_files(path) if field == "emoca" else ((path,), "")
     findings = Findings(files[-1], kind)
     content = published.content_of(findings)

@@ -31,6 +31,9 @@ class Curves:
         self._sums: dict[str, list[float]] = {}  # name -> [sum, count]
         self._steps = 0
         self._start, self._seen = time.monotonic(), 0
+        self._fresh = (
+            True  # until the run is resumed or has written: what lies there is not its own
+        )
         self._board = _open_board(folder / BOARD, None) if board else None
 
     def add(self, kind: str, progress: Progress, over: float, parts: dict[str, float]) -> None:
@@ -48,7 +51,7 @@ class Curves:
             "seen": progress.seen, "seconds": round(progress.seconds, 1),
             "fraction": round(over, 4), "images_per_s": round(speed, 1),
             "peak_memory_mb": None if peak is None else round(peak / 1e6),
-            **{name: round(total / count, 5) for name, (total, count) in self._sums.items()},
+            **{name: float(f"{total / count:.5g}") for name, (total, count) in self._sums.items()},
         }  # fmt: skip
         self._write(record)
         log.info("%s", " ".join(f"{k}={v}" for k, v in record.items()))
@@ -91,6 +94,7 @@ class Curves:
     def resume(self, record: dict[str, Any] | None, seen: int) -> None:
         """Goes back to a checkpoint at which so many images had been seen: what was written after
         it will be written again."""
+        self._fresh = False
         if record is not None:
             self._sums, self._steps = record["sums"], record["steps"]
         if self._path.exists():
@@ -109,8 +113,9 @@ class Curves:
             self._board.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        with self._path.open("w" if self._fresh else "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        self._fresh = False
 
     def _scalars(self, kind: str, record: dict[str, Any], seen: int) -> None:
         if self._board is None:

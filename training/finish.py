@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 from pathlib import Path
 
+from diffusionact import machine
 from diffusionact.training import weights
 from diffusionact.training.config import Recipe
 from diffusionact.training.distill import described
@@ -15,12 +15,15 @@ from diffusionact.training.state import State
 
 log = logging.getLogger(__name__)
 
+WEIGHTS = "weights.safetensors"
+
 
 def finish(state: State, recipe: Recipe, path: Path) -> None:
     """Writes the weights that the bundle is exported from: the averages, in half precision, with
     where they came from."""
     provenance = {
-        "recipe": recipe.name, "recipe_sha256": recipe.digest, "commit": _commit(),
+        "recipe": recipe.name, "recipe_sha256": recipe.digest,
+        "commit": machine.commit() or "unknown",
         "earlier_recipes_sha256": state.earlier_recipes, "images_seen": state.progress.seen,
         "complete": state.progress.stage >= len(recipe.stages), **origin_of(recipe.pool),
     }  # fmt: skip
@@ -37,7 +40,6 @@ def finish(state: State, recipe: Recipe, path: Path) -> None:
     log.info("wrote %s", path)
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "unknown"
+def weights_path(recipe: Recipe, folder: Path) -> Path:
+    """Returns where a run leaves its weights."""
+    return Path(recipe.weights) if recipe.weights else folder / WEIGHTS

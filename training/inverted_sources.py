@@ -37,7 +37,7 @@ KEEP_FREE_BYTES = 2 << 30  # of the disk: a full one would end the run at its ne
 @dataclass(frozen=True)
 class Inverter:
     """Frozen networks that turn pictures into their x_T: DDIM backwards, under the picture's own
-    code. In float32 on any device, because each x_T is used a thousand times."""
+    code. In float32 on any device: all that is rendered from an x_T has its errors."""
 
     unet: nn.Module
     encoder: nn.Module
@@ -74,10 +74,11 @@ class InvertedSources:
     date, and runs and processes may share them.
     """
 
-    def __init__(self, folder: Path, inverter: Inverter) -> None:
-        self._inverter = inverter
+    def __init__(self, folder: Path, inverter: Inverter, most_gb: float) -> None:
+        self._inverter, self._most_bytes = inverter, most_gb * 1e9
         self._folder = folder / inverter.digest()[:16]
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._bytes = sum(file.stat().st_size for file in self._folder.rglob("*.npy"))
         self._keeps = True
 
     def __call__(self, images: U8) -> F32:
@@ -112,9 +113,12 @@ class InvertedSources:
         try:
             if shutil.disk_usage(self._folder).free < KEEP_FREE_BYTES:
                 raise OSError(f"less than {KEEP_FREE_BYTES >> 30} GiB free")
+            if self._bytes + x_T.nbytes > self._most_bytes:
+                raise OSError(f"[inversions] most_gb = {self._most_bytes / 1e9:g} are full")
             path.parent.mkdir(exist_ok=True)
             np.save(part, x_T)
             os.replace(part, path)
+            self._bytes += x_T.nbytes
         except OSError as error:
             part.unlink(missing_ok=True)
             self._keeps = False
@@ -133,4 +137,5 @@ def inverted_sources(
     inverter = Inverter(
         state.inverter, state.ema["encoder"], kind, tuple(int(t) for t in at), device
     )
-    return InvertedSources(Path(recipe.inversions.folder or run_folder / "inversions"), inverter)
+    folder = Path(recipe.inversions.folder or run_folder / "inversions")
+    return InvertedSources(folder, inverter, recipe.inversions.most_gb)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffusionact.errors import DeviceError, DiffusionActError, SettingsError
+from diffusionact.schedule import inversion_timesteps
 from diffusionact.training import savepoints
 from diffusionact.training.config import Recipe, StageRecipe, load_recipe
 from diffusionact.training.critics import open_critics
@@ -26,7 +27,7 @@ from diffusionact.training.data import Batch, PairSampler, Prefetcher
 from diffusionact.training.dataset import Dataset, training_people
 from diffusionact.training.diffusion import invert, to_batch
 from diffusionact.training.distill import check_students
-from diffusionact.training.finish import finish
+from diffusionact.training.finish import finish, weights_path
 from diffusionact.training.gather import gathered
 from diffusionact.training.inversions import AHEAD, InversionCache
 from diffusionact.training.inverted_sources import inverted_sources
@@ -74,7 +75,7 @@ def train(
         if resume:
             trainer.resume()
         if trainer.run() and world.first:
-            finish(trainer.state, recipe, Path(recipe.weights))
+            finish(trainer.state, recipe, weights_path(recipe, folder))
     return folder
 
 
@@ -94,8 +95,9 @@ def finish_early(recipe_path: str | Path, out: str | Path | None = None) -> Path
             f"{folder}: the checkpoint is at stage {progress.stage + 1} of {last + 1}, step "
             f"{progress.step}: some networks are not trained at all; go on with --resume"
         )
-    finish(trainer.state, recipe, Path(recipe.weights))
-    return Path(recipe.weights)
+    path = weights_path(recipe, folder)
+    finish(trainer.state, recipe, path)
+    return path
 
 
 def _folder(recipe: Recipe, out: str | Path | None) -> Path:
@@ -124,6 +126,10 @@ class Trainer:
         self.identities = training_people(self.pool, recipe.pool.held_out)
         self.state = State(recipe, _statistics(self.pool, self.identities), self.device)
         check_students(recipe, self.state.config.prediction)
+        if isinstance(steps := recipe.inversions.steps, int):
+            inversion_timesteps(
+                self.state.config.prediction, steps
+            )  # an error now, not in stage (c)
         if any(STAGES[stage.kind].CRITICS for stage in recipe.stages):
             first = self.pool.gather(np.zeros(1, np.int64), np.zeros(1, np.int64))
             masks = first.labels is not None or first.mask is not None
@@ -222,8 +228,9 @@ class Trainer:
     def _step(self, stage: StageRecipe, batch: Batch, clock: Clock) -> dict[str, float]:
         """Returns the parts of the loss, after one step of the optimiser on the whole batch."""
         state, progress, optimizer = self.state, self.state.progress, self.optimizer
+        share_of_lr = rate(stage, state)
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * rate(stage, state)
+            group["lr"] = group["base_lr"] * share_of_lr
         over, generator = fraction(stage, state), self._generator()
         if self.sources is not None:
             assert batch.source is not None
@@ -234,6 +241,7 @@ class Trainer:
         asked = float(self.asked_to_stop)
         parts = self.world.mean({**losses, "seconds": clock.seconds(), "stop": asked})
         progress.seconds, self.stop = parts.pop("seconds"), self.stop or parts.pop("stop") > 0
+        parts["lr"] = stage.lr * share_of_lr
         parts["gradient"] = float(self.world.clip(self.objective, optimizer, stage.clip))
         self._finite(parts)
         optimizer.step()
@@ -250,6 +258,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for turn in range(stage.accumulate):
             rows = Share(turn, stage.accumulate).rows(len(sample.target))
+            torch.manual_seed(self._seed(self.world.share.index, turn))  # of dropout
             with self.world.apart(self.objective, turn + 1 < stage.accumulate):
                 loss, parts = self.objective(part_of(sample, rows))
                 self.world.fabric.backward(loss / stage.accumulate)
@@ -338,9 +347,11 @@ class Trainer:
 
     def _generator(self) -> torch.Generator:
         """The random numbers of this step, the same in an unbroken and a resumed run."""
-        key = (self.recipe.seed, self.state.progress.stage, self.state.progress.step)
-        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
-        return torch.Generator(self.device).manual_seed(seed)
+        return torch.Generator(self.device).manual_seed(self._seed())
+
+    def _seed(self, *more: int) -> int:
+        key = (self.recipe.seed, self.state.progress.stage, self.state.progress.step, *more)
+        return int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         return self.world.fabric.autocast()

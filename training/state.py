@@ -206,6 +206,7 @@ class State:
             SettingsError: it is of another format or network.
         """
         tensors, content = savepoints.read(path)
+        self.invert = self.before = None  # a stage may have put away what `start` had
         try:
             if kept := savepoints.under("invert", tensors):
                 self._invert_with(kept)

@@ -32,8 +32,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("data", type=Path, metavar="DATASET", help="a folder of clips, or one clip")
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="for the shards; a run "
         "that was cut short goes on there")  # fmt: skip
-    add("--layout", default="auto", help="voxceleb, voxceleb-flat, hdtf, vfhq or folder: "
-        "PERSON/CLIP (default: auto, the first that finds a clip)")  # fmt: skip
+    add("--layout", default="auto", help="voxceleb, voxceleb-flat, hdtf, vfhq, folder: "
+        "PERSON/CLIP, or pictures: each a person (default: auto, the first that finds a clip)")  # fmt: skip
     add("--split", type=Path, metavar="FILE", help="names of the clips to take, one a line")
     add("--size", type=int, metavar="PX", help=f"of the crops (default: {SIZE}, or the bundle's)")
     add("--frames-per-clip", type=int, default=FRAMES, metavar="N",

@@ -101,12 +101,21 @@ def _plain(root: Path) -> Iterator[Footage]:
             yield Footage(f"{person.name}/{clip.stem}", person.name, clip)
 
 
+def _pictures(root: Path) -> Iterator[Footage]:
+    """FFHQ and its like: each picture, in whatever folder, is a person of its own."""
+    for path in root.rglob("*"):
+        if path.suffix.lower() in PICTURE_SUFFIXES:
+            name = path.relative_to(root).with_suffix("").as_posix()
+            yield Footage(name, name, path)
+
+
 LAYOUTS: dict[str, Callable[[Path], Iterator[Footage]]] = {
     "voxceleb-flat": _voxceleb_flat,
     "voxceleb": _voxceleb,
     "hdtf": _hdtf,
     "vfhq": _vfhq,
     "folder": _plain,
+    "pictures": _pictures,  # the last: never guessed where there are clips
 }
 
 

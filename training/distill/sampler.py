@@ -96,10 +96,11 @@ def rollout(state: State, x_T: Tensor, z: Tensor, steps: list[int]) -> list[Tens
     Source: DiffusionAct, Eq. 1-3, without a gradient from one step into the one before.
     """
     kind, x, estimates = state.config.prediction, x_T, list[Tensor]()
+    unet = state.live["unet"].eval()  # the student as it will render: without dropout
     run = render_run(kind, steps, TABLE)
     for step in run.steps:
         t = torch.full((len(x),), int(run.timesteps[step.row]), device=x.device)
-        prediction = state.live["unet"](x, t, z).float()
+        prediction = unet(x, t, z).float()
         level, level_to = float(run.alpha_bar[step.row]), float(run.alpha_bar_to[step.row])
         estimates.append(x0_from_prediction(kind, x, prediction, level))
         x = ddim_step(kind, x, prediction.detach(), level, level_to)
