@@ -44,7 +44,7 @@ INTERVALS = 12  # of the course that is told
 SETTLED = 0.25  # of the session, after which nothing may grow any more
 # Allocators breathe; a picture a second would be 26 MB a minute.
 GROWTH_MB, GROWTH_SHARE = 8.0, 0.03
-LATENCY_DRIFT = 1.3  # of the median, last quarter over second
+LATENCY_DRIFT, TAIL_DRIFT = 1.3, 2.0  # of the median and of p99, last quarter over second
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,13 @@ class Verdict:
 
     @property
     def flat(self) -> bool:
-        """Whether nothing grew."""
+        """Whether nothing grew, and faces, where there were any, came to the end."""
         early, late = self.memory_mb
-        latency = not self.p50_ms or self.p50_ms[-1] <= LATENCY_DRIFT * self.p50_ms[1]
+        latency = self.faces == 0 or (
+            bool(self.p50_ms)
+            and self.p50_ms[-1] <= LATENCY_DRIFT * self.p50_ms[1]
+            and self.p99_ms[-1] <= TAIL_DRIFT * self.p99_ms[1]
+        )
         return (
             late - early <= max(GROWTH_MB, GROWTH_SHARE * early)
             and self.threads[1] <= self.threads[0]
@@ -151,12 +155,15 @@ def watch(
     seconds: float,
     recent: Callable[[], Sequence[tuple[int, int]]] = lambda: (),
     quiet: bool = False,
+    stop: threading.Event | None = None,
 ) -> list[Sample]:
-    """Return samples of a process until the time is up; recent: as `LiveSession.recent`."""
+    """Return samples of a process until the time is up or `stop` is set; recent: as
+    `LiveSession.recent`."""
     begun_s, last_ns, samples = time.monotonic(), 0, []
     every_s = max(min(seconds / SAMPLES, 10.0), 0.5)
     polls = max(round(every_s / 0.5), 1)  # `recent` forgets after a second
-    while (at_s := time.monotonic() - begun_s) < seconds:
+    stop = stop or threading.Event()
+    while (at_s := time.monotonic() - begun_s) < seconds and not stop.is_set():
         latencies_ms: list[float] = []
         for _ in range(polls):
             time.sleep(every_s / polls)
@@ -200,7 +207,7 @@ def soak_live(
     """Return samples of a live session in this process, from a looped clip to a watched page.
 
     steps: None is as the command `live`, which takes fewer where the machine is slow."""
-    stop, samples = threading.Event(), list[Sample]()
+    stop, samples, lost = threading.Event(), list[Sample](), list[OSError]()
     render = manifest.read(bundle).render
     fewer = tuple(n for n in render.counts if n < render.steps) if steps is None else ()
     live = LiveSettings(goal=Goal(fps=RATE) if fewer else None)
@@ -210,13 +217,21 @@ def soak_live(
         clip = open_camera(str(camera), realtime=True, loop=True)
         session = LiveSession(act, [source], clip, SeveralSinks([page]), live)
 
+        def look(address: str) -> None:
+            try:
+                _look(address, stop)
+            except OSError as error:  # nobody watches any more: not the session that was asked for
+                if not stop.is_set():
+                    lost.append(error)
+                    stop.set()
+
         def observe() -> None:
             try:
                 while not session.recent() and not stop.wait(0.1):
                     pass
-                client = threading.Thread(target=_look, args=(page.name, stop))
+                client = threading.Thread(target=look, args=(page.name,))
                 client.start()
-                samples.extend(watch(os.getpid(), seconds, session.recent, quiet))
+                samples.extend(watch(os.getpid(), seconds, session.recent, quiet, stop))
                 stop.set()
                 client.join()
             finally:
@@ -229,6 +244,8 @@ def soak_live(
         finally:
             stop.set()
             observer.join()
+    if lost:
+        raise lost[0]
     return samples
 
 

@@ -62,13 +62,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Noted(ClipCamera):
-    """A clip that remembers when its clock started."""
+    """A clip that remembers when each of its frames was taken."""
 
-    started_ns: list[int] = field(default_factory=list)
+    taken_ns: list[int] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Frame]:
         for frame in super().__iter__():
-            self.started_ns.append(frame.pts_ns)
+            self.taken_ns.append(frame.pts_ns)
             yield frame
 
 
@@ -109,8 +109,11 @@ def measure(act: Reenactor, source: Source, seconds: float, folder: Path) -> Rea
     session = LiveSession(act, [source], camera, SeveralSinks([sink]), LiveSettings(label=False))
     report = session.run()
     moments_s, openings = read_mouth(folder / "shown.mp4", source)
-    offset_s = (sink.begun_ns - camera.started_ns[0]) / NS
-    return reading_of(moments_s + offset_s, openings, times_s, report)
+    began_ns = camera.taken_ns[0]
+    offset_s = (sink.begun_ns - began_ns) / NS
+    # Of each change its own frame's time: the clip's clock may have been held.
+    taken_s = [(camera.taken_ns[round(time_s * FPS)] - began_ns) / NS for time_s in times_s]
+    return reading_of(moments_s + offset_s, openings, taken_s, report)
 
 
 def read_mouth(path: Path, source: Source) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

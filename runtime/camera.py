@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -26,6 +27,7 @@ URL_SCHEMES = ("http://", "https://", "rtsp://", "rtmp://", "udp://", "tcp://", 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 5.0  # between tries to open a camera again
 BELIEVED_NS = NS  # a driver's time of capture is taken when it lies this far back at most
 MOST_LATE_NS = NS // 5  # that a clip's frame comes after it is due
+MOST_HELD = 10_000  # times that are remembered
 OPENCV_SILENT = 0
 NETWORK_TIMEOUT_S = 5.0
 # What FFmpeg would gather before the first picture is only delay.
@@ -205,11 +207,13 @@ def _open_stream(spec: str) -> Pictures:
 class ClipCamera:
     """A clip in a camera's place. realtime: its frames come when they are due, their time is that
     moment, and what is not taken is lost; otherwise each waits to be taken. Where a clip is read
-    more slowly than it plays, it plays as slowly: a camera's pictures do not grow old in it."""
+    more slowly than it plays, it plays as slowly: a camera's pictures do not grow old in it; `held`
+    keeps by how much its clock was put back each time, ns."""
 
     clip: Reader
     realtime: bool = True
     loop: bool = False
+    held: deque[int] = field(default_factory=lambda: deque(maxlen=MOST_HELD))
     _closed: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -252,6 +256,7 @@ class ClipCamera:
                 late_ns = time.monotonic_ns() - due_ns
                 if late_ns > MOST_LATE_NS:  # it cannot be read so fast: its clock waits for it
                     begun_ns, due_ns = begun_ns + late_ns, due_ns + late_ns
+                    self.held.append(late_ns)
                 yield replace(frame, pts_ns=due_ns)
                 end_ns = due_ns + (frame.duration_ns or FRAME_NS)
             if not self.loop or end_ns == begun_ns:  # a clip without a frame would loop in no time

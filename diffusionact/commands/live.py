@@ -152,6 +152,7 @@ def _values(report: LiveReport) -> dict[str, Any]:
         "shown": report.shown,
         "seconds": round(report.seconds, 2),
         "steps": report.steps,
+        "clock_held_ms": round(report.clock_held_ms, 1),
         "step_changes": [dataclasses.asdict(change) for change in report.changes],
     }
 
