@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import struct
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -19,18 +21,24 @@ import pytest
 from diffusionact.errors import BackendMissing
 from diffusionact.landmarks import Landmarks
 from diffusionact.runtime.control import Goal
-from diffusionact.runtime.reenactor import Reenactor
+from diffusionact.runtime.reenactor import Reenactor, Result
+from diffusionact.runtime.session import Session
 from diffusionact.runtime.settings import Settings
+from diffusionact.runtime.source import Source
 from diffusionact.runtime.web import messages
 from diffusionact.runtime.web import studio as studio_module
 from diffusionact.runtime.web.pictures import BadPicture, decode, size_of
 from diffusionact.runtime.web.studio import Studio
 from diffusionact.runtime.web.visitor import Close
+from tests.live_parts import moved, steps_px, turning
 from tests.pages import (
     FRAME_US,
+    PATIENCE_S,
     SIDE,
+    TRACK,
     Browser,
     FakeTracker,
+    Page,
     drive,
     grey_frame,
     png,
@@ -96,20 +104,31 @@ def test_a_studio_without_the_label_leaves_pictures_as_they_are(act: Reenactor) 
 
 
 def test_sessions_are_not_seen_by_each_other(act: Reenactor) -> None:
-    names, frames = ("ada", "bruno", "chidi"), range(1, 46)
+    """Portraits and drivers of their own: of the same driver, crossed points would show nothing."""
+    visitors = (("ada", 0), ("bruno", 25), ("chidi", 50))  # and where in TRACK each begins
+
+    async def driven(page: Page, begin: int) -> list[bytes]:
+        jpegs = []
+        for i in range(1, 46):
+            jpegs.append((await page.drive(TRACK[begin + i], SIDE, i, i * FRAME_US)).jpeg)
+        return jpegs
+
+    async def alone(browser: Browser, name: str, begin: int) -> list[bytes]:
+        async with browser.page() as page:
+            await page.begin(name)
+            return await driven(page, begin)
 
     async def use(browser: Browser) -> None:
-        alone = []
-        for name in names:
-            async with browser.page() as page:
-                await page.begin(name)
-                alone.append([p.jpeg for p in await drive(page, frames)])
-        assert len({jpegs[-1] for jpegs in alone}) == len(names)
+        wanted = [await alone(browser, *visitor) for visitor in visitors]
+        assert len({jpegs[-1] for jpegs in wanted}) == len(visitors)
+        crossed = await alone(browser, visitors[0][0], visitors[1][1])
+        assert all(a != b for a, b in zip(crossed[30:], wanted[0][30:], strict=True))
         async with AsyncExitStack() as stack:
-            pages = [await stack.enter_async_context(browser.page()) for _ in names]
-            await asyncio.gather(*(p.begin(n) for p, n in zip(pages, names, strict=True)))
-            together = await asyncio.gather(*(drive(page, frames) for page in pages))
-        assert [[p.jpeg for p in pictures] for pictures in together] == alone
+            pages = [await stack.enter_async_context(browser.page()) for _ in visitors]
+            both = list(zip(pages, visitors, strict=True))
+            await asyncio.gather(*(page.begin(name) for page, (name, _) in both))
+            together = await asyncio.gather(*(driven(page, begin) for page, (_, begin) in both))
+        assert together == wanted
 
     visit(act, use)
 
@@ -127,6 +146,64 @@ def test_another_portrait_and_a_new_neutral_face_within_a_session(act: Reenactor
             assert not np.array_equal(other[-1].image, first.image)
 
     visit(act, use)
+
+
+def test_a_new_neutral_face_comes_without_a_jump(act: Reenactor, portrait: Portrait) -> None:
+    """The portrait eases to rest while it is looked for, as in `live`."""
+    image, face = portrait
+    faces = [face] * 40 + turning(face) + [moved(face)] * 75
+
+    async def story() -> list[Result]:
+        studio, results = Studio(act), []
+        session = await studio.session(act.prepare(image, landmarks=face))
+        for i, driver in enumerate(faces):
+            if i == 65:
+                await studio.recalibrate(session)
+            made = await studio.frame(session, driver, i * FRAME_US * 1000, lambda: None)
+            results.append(made.result)
+        await studio.close()
+        return results
+
+    results = asyncio.run(story())
+    at_rest, turned, last = (results[i].landmarks.points for i in (0, 64, -1))
+    assert np.abs(turned - at_rest).max() > 2.0  # 25 degrees to the side
+    assert steps_px(results).max() < np.abs(turned - at_rest).max() / 3.0
+    assert np.abs(last - at_rest).max() < 0.5  # which is neutral now
+
+
+def test_a_page_that_went_is_forgotten_while_nobody_else_comes(
+    toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its session holds its portrait and its face; a rate is judged by who moves."""
+    settings = Settings(threads=1, backend="ort", steps=4, step_choices=(2, 4))
+    made: list[weakref.ref[Session]] = []
+    ordinary = Studio.session
+
+    async def watched(studio: Studio, source: Source) -> Session:
+        session = await ordinary(studio, source)
+        made.append(weakref.ref(session))
+        return session
+
+    monkeypatch.setattr(Studio, "session", watched)
+
+    async def use(browser: Browser) -> None:
+        async with browser.page() as page:
+            await page.begin()
+            await drive(page, range(1, 10))
+            assert made[0]() is not None
+            await page.socket.send_bytes(messages.landmarks_message(TRACK[10], SIDE, 10, 10**6))
+        async with asyncio.timeout(PATIENCE_S):  # with a frame in the studio when it went
+            while made[0]() is not None:
+                await asyncio.sleep(0.02)
+                gc.collect()
+        async with browser.page() as page:
+            await page.begin("ada")
+            await drive(page, range(1, 3))
+            await page.begin("bruno")
+            assert made[1]() is None  # nor is one of another portrait kept
+
+    with Reenactor.load(toy_bundle, settings=settings, tracker=FakeTracker([])) as act:
+        visit(act, use, goal=Goal(fps=25.0))
 
 
 def test_a_lost_face_is_told_and_the_portrait_rests(act: Reenactor) -> None:

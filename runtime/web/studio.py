@@ -129,9 +129,15 @@ class Studio:
         session.start()
         return session
 
-    async def restart(self, session: Session) -> None:
-        """Return nothing; the neutral face is looked for anew."""
-        await self._render(session.start)
+    async def recalibrate(self, session: Session) -> None:
+        """Return nothing; the neutral face is looked for anew, while the portrait eases to rest
+        from where it is."""
+
+        def anew() -> None:
+            session.forget()
+            session.retargeter.recalibrate()
+
+        await self._render(anew)
 
     async def rest(self, source: Source) -> UInt8Array:
         """Return the portrait with its own face, uint8 [H,W,3] BGR."""
@@ -170,6 +176,10 @@ class Studio:
         spent_ns = share * (made.done_ns - made.begun_ns) if self._goal.fps else total_ns
         render_ns = share * made.result.times.get("render", 0)
         self._steps = self._control.observe(now_ns, made.result.steps, spent_ns, render_ns)
+
+    def leave(self, session: Session) -> None:
+        """Return nothing; the session counts no more, and nothing here holds it or its portrait."""
+        self._moving.pop(session, None)
 
     async def tracker(self) -> Tracker | None:
         """Return a tracker for one visitor's camera, or None where none is installed."""

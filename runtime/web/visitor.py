@@ -33,6 +33,7 @@ from diffusionact.runtime.web.pictures import BadPicture
 from diffusionact.runtime.web.studio import Studio, Upload
 
 SEND_S = 10.0  # a page that takes nothing for so long is gone
+NOT_TAKEN = "the page takes no pictures"
 TRANSPORTS = ("landmarks", "frames")
 _log = logging.getLogger("diffusionact.serve")
 
@@ -67,11 +68,14 @@ class Socket(Protocol):
 @dataclass(frozen=True)
 class Limits:
     """idle_s: without a face or a command before the seat is given to another. Commands: so many
-    at once, and so many a second."""
+    at once, and so many a second. Connections of one address: so many at once beside the seats,
+    and so many a second."""
 
     idle_s: float = 120.0
     commands: int = 12
     commands_a_second: float = 1.0
+    connections: int = 10
+    connections_a_second: float = 1.0
 
 
 class Visitor:
@@ -99,6 +103,8 @@ class Visitor:
                 await self._take(message)
         except Malformed as error:
             raise Leave(Close.MALFORMED, str(error)) from None
+        except (TimeoutError, asyncio.TimeoutError):  # of _say or _send; two classes in 3.10
+            raise Leave(Close.IDLE, NOT_TAKEN) from None
         finally:
             await self._end()
 
@@ -136,7 +142,7 @@ class Visitor:
         if command["do"] == "begin":
             await self._begin(command)
         elif command["do"] == "recalibrate" and self._session is not None:
-            await self._studio.restart(self._session)
+            await self._studio.recalibrate(self._session)
         elif command["do"] != "recalibrate":
             raise Malformed("an unknown command")
 
@@ -279,15 +285,20 @@ class Visitor:
         if isinstance(error, BadPicture):
             self._failed.set_exception(Leave(Close.MALFORMED, str(error)))
         elif isinstance(error, (TimeoutError, asyncio.TimeoutError, ConnectionError)):
-            self._failed.set_exception(Leave(Close.IDLE, "the page takes no pictures"))
+            self._failed.set_exception(Leave(Close.IDLE, NOT_TAKEN))
         elif error is not None:
             self._failed.set_exception(error)
 
     async def _rendered(self) -> None:
-        """Return when no frame of this visitor is in the studio, nor asked for."""
-        self._session, self._asked = None, False
+        """Return when no frame of this visitor is in the studio, nor asked for, and the studio
+        has forgotten the session."""
+        session, self._session, self._asked = self._session, None, False
+        if session is not None:
+            self._studio.leave(session)  # at once: the others' share of the renderer is larger now
         if self._tasks:
             await asyncio.wait(self._tasks)
+        if session is not None:
+            self._studio.leave(session)  # again: the last frame was observed meanwhile
 
     async def _end(self) -> None:
         """Return when nothing is left of this visitor."""
