@@ -292,6 +292,21 @@ def test_sessions_share_nothing(source: Landmarks) -> None:
         np.testing.assert_array_equal(seen.points, alone[i].points)
 
 
+def test_a_portrait_changed_while_the_neutral_face_is_looked_for_waits_as_long(
+    source: Landmarks,
+) -> None:
+    first, other = Retargeter(source), Retargeter(source)
+    first.calibrate()
+    begun_ns, step_ns = 5_000_000_000, 1_000_000_000 // 30
+    for i in range(3):  # a tenth of a second
+        first.target(source, begun_ns + i * step_ns)
+    other.follow_on(first)
+    for i in range(3, 32):  # the second is over with the last
+        assert other.calibrating, f"after {i / 30:.2f} s"
+        other.target(source, begun_ns + i * step_ns)
+    assert not other.calibrating
+
+
 def broken(face: Landmarks, how: str) -> Landmarks:
     points, gaze = face.points.copy(), face.gaze.copy()
     if how == "gaze unknown":
