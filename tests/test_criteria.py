@@ -30,6 +30,10 @@ def only(*names: str) -> CriteriaRecipe:
     return replace(NONE, **dict.fromkeys(names, 1.0))
 
 
+# The paper's weights, and 1 for a loss that is not the paper's.
+ALL = CriteriaRecipe(**{name: weight or 1.0 for name, weight in asdict(CriteriaRecipe()).items()})
+
+
 def rng_pair(*shape: int, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     rng = np.random.default_rng(seed)
     return rng.normal(size=shape), rng.normal(size=shape)
@@ -51,7 +55,7 @@ def goal(seed: int = 1) -> Goal:
 
 
 def test_the_default_weights_are_the_paper_s() -> None:
-    assert asdict(CriteriaRecipe()) == {
+    assert {name: weight for name, weight in asdict(CriteriaRecipe()).items() if weight} == {
         "pixel": 20, "perceptual": 20, "identity": 20, "style": 20,
         "background": 10, "shape": 0.5, "gaze": 2, "head_pose": 2,
     }  # fmt: skip
@@ -59,11 +63,11 @@ def test_the_default_weights_are_the_paper_s() -> None:
 
 def test_the_total_is_the_weighted_sum_of_all_eight() -> None:
     critics, result, due = guide_critics(), pictures(2, 9), goal()
-    parts = criteria(result, due, critics, CriteriaRecipe())
+    parts = criteria(result, due, critics, ALL)
     assert set(parts) == set(NAMES) and all(part.ndim == 0 for part in parts.values())
     assert all(float(part) > 0 for part in parts.values())
-    expected = sum(asdict(CriteriaRecipe())[name] * float(part) for name, part in parts.items())
-    assert float(total(parts, CriteriaRecipe())) == pytest.approx(expected, rel=EXACT)
+    expected = sum(asdict(ALL)[name] * float(part) for name, part in parts.items())
+    assert float(total(parts, ALL)) == pytest.approx(expected, rel=EXACT)
 
 
 # The equations, written a second time.
@@ -149,7 +153,7 @@ def test_gaze_and_head_pose_are_mean_absolute_angles_the_short_way_round() -> No
 def test_a_perfect_picture_of_the_source_itself_loses_nothing(make: Callable[[], Critics]) -> None:
     due = goal()
     due = replace(due, source=due.target, source_points=due.points)
-    parts = criteria(due.target.clone(), due, make(), CriteriaRecipe())
+    parts = criteria(due.target.clone(), due, make(), ALL)
     assert {name: abs(float(part)) < EXACT for name, part in parts.items()} == dict.fromkeys(
         NAMES, True
     )
@@ -158,11 +162,11 @@ def test_a_perfect_picture_of_the_source_itself_loses_nothing(make: Callable[[],
 @pytest.mark.parametrize("make", [guide_critics, published_critics])
 def test_identity_is_the_source_s_and_all_else_the_target_s(make: Callable[[], Critics]) -> None:
     critics, due = make(), goal()
-    at_target = criteria(due.target, due, critics, CriteriaRecipe())
+    at_target = criteria(due.target, due, critics, ALL)
     assert [name for name in NAMES if abs(float(at_target[name])) > EXACT] == ["identity"]
     result = pictures(2, 9)
-    before = criteria(result, due, critics, CriteriaRecipe())
-    other = criteria(result, replace(due, source=pictures(2, 33)), critics, CriteriaRecipe())
+    before = criteria(result, due, critics, ALL)
+    other = criteria(result, replace(due, source=pictures(2, 33)), critics, ALL)
     assert [name for name in NAMES if not torch.equal(before[name], other[name])] == ["identity"]
 
 
@@ -180,7 +184,7 @@ def test_without_labels_the_mask_is_bisenet_s_of_the_target() -> None:
 def test_gradients_are_those_of_finite_differences(name: str, make: Callable[[], Critics]) -> None:
     critics, due = make(), goal()
     by_autograd, by_difference = slope(
-        lambda x: total(criteria(x, due, critics, only(name)), CriteriaRecipe()), pictures(2, 9)
+        lambda x: total(criteria(x, due, critics, only(name)), ALL), pictures(2, 9)
     )
     assert by_autograd == pytest.approx(by_difference, rel=DIFFERENCE) and by_autograd != 0
 
@@ -192,9 +196,9 @@ def test_the_gradient_reaches_the_result_and_nothing_else(make: Callable[[], Cri
     due.source.requires_grad_(True)
     result = pictures(2, 9).requires_grad_(True)
     critics.train()  # as a loop does to all that it holds
-    parts = criteria(result, due, critics, CriteriaRecipe())
+    parts = criteria(result, due, critics, ALL)
     read = {name: part for name, part in parts.items() if name not in ("pixel", "background")}
-    total(read, CriteriaRecipe()).backward()  # type: ignore[no-untyped-call]
+    total(read, ALL).backward()  # type: ignore[no-untyped-call]
     assert result.grad is not None and float(result.grad.abs().min()) > 0
     assert due.target.grad is None and due.source.grad is None
     assert all(p.grad is None and not p.requires_grad for p in critics.parameters())
@@ -204,12 +208,12 @@ def test_the_gradient_reaches_the_result_and_nothing_else(make: Callable[[], Cri
 @pytest.mark.parametrize("name", NAMES)
 def test_a_weight_of_0_leaves_its_loss_out_and_asks_no_network(name: str) -> None:
     full, due, result = published_critics(), goal(), pictures(2, 9)
-    weights = replace(CriteriaRecipe(), **{name: 0.0})
+    weights = replace(ALL, **{name: 0.0})
     needed = {ASKS[other] for other in NAMES if other in ASKS and other != name}
     networks: dict[str, nn.Module] = {n: full.networks[n] for n in needed}
     parts = criteria(result, due, Critics(networks), weights)
     assert set(parts) == set(NAMES) - {name}
-    expected = criteria(result, due, full, CriteriaRecipe())
+    expected = criteria(result, due, full, ALL)
     assert all(torch.equal(parts[n], expected[n]) for n in parts)
 
 
@@ -220,8 +224,8 @@ def test_half_precision_around_does_not_round_what_is_read() -> None:
         "source_points": None,
     }  # fmt: skip
     due, result = replace(due, **single), pictures(2, 9).float()
-    expected = criteria(result, due, critics, CriteriaRecipe())
+    expected = criteria(result, due, critics, ALL)
     with torch.autocast("cpu", torch.bfloat16):
-        parts = criteria(result, due, critics, CriteriaRecipe())
+        parts = criteria(result, due, critics, ALL)
     assert all(torch.equal(parts[n], expected[n]) for n in NAMES)
     assert all(part.dtype == torch.float32 for part in parts.values())

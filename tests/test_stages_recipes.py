@@ -33,7 +33,7 @@ def test_the_stages_are_the_papers(name: str) -> None:
         assert (stage.batch, stage.train_steps, stage.split, stage.lr) == (4, 8, True, 1e-4)
     assert trained(main) == ["reenactment"] and trained(joint) == ["reenactment", "unet"]
     assert joint.lr * joint.unet_lr == pytest.approx(1e-5)
-    assert asdict(recipe(name).criteria) == PAPER
+    assert {n: w for n, w in asdict(recipe(name).criteria).items() if w} == PAPER
 
 
 def test_clips_of_people_begin_from_the_published_autoencoder() -> None:
