@@ -8,7 +8,8 @@
 Starts a server of its own as another process, and replays the shipped driver to it over its
 protocol: recorded landmarks, or camera pictures that the server tracks. A client answers at once
 when it is asked, or keeps to --fps as a camera would. Latency is from then until its picture is
-back; decoding and showing are the page's. With --soak the server is watched as well, and the exit
+back; decoding and showing are the page's. Faces are pictures of a face that was seen; the others
+are counted apart, as unseen. With --soak the server is watched as well, and the exit
 status is 1 when it grew.
 """
 
@@ -46,6 +47,14 @@ FRAME_SIDE = 480  # as the page sends them
 JPEG_QUALITY = 80
 LIVE = "document.querySelector('#status').textContent === 'Live'"
 READY = "document.documentElement?.dataset.ready"
+# [faces, others] drawn: the page says in the same task whether a picture is of a face.
+COUNT = (
+    "globalThis.shown = [0, 0]; const draw = CanvasRenderingContext2D.prototype.drawImage;"
+    "CanvasRenderingContext2D.prototype.drawImage = function (...how) {"
+    "if (this.canvas.id === 'screen')"
+    f"  queueMicrotask(() => {{ globalThis.shown[{LIVE} ? 0 : 1] += 1; }});"
+    "return draw.apply(this, how); };0"
+)
 
 
 class Driver:
@@ -78,6 +87,7 @@ class Client:
         self._driver, self._fps = driver, fps
         self.stages: list[dict[str, int]] = []
         self.steps: Counter[int] = Counter()
+        self.unseen = 0  # pictures of no face: cheap ones, and of nobody's motion
         self.begun_s = self.ended_s = 0.0
         self.recent: deque[tuple[int, int]] = deque(maxlen=200)
 
@@ -104,8 +114,12 @@ class Client:
 
     def _count(self, picture: Picture, sent_ns: int, warm_s: float) -> None:
         now_ns = time.monotonic_ns()
+        counted = now_ns / 1e9 >= warm_s
+        if not picture.seen:
+            self.unseen += counted
+            return
         self.recent.append((now_ns, now_ns - sent_ns))
-        if now_ns / 1e9 < warm_s:
+        if not counted:
             return
         self.begun_s = self.begun_s or now_ns / 1e9
         self.ended_s = now_ns / 1e9
@@ -170,6 +184,7 @@ async def replay(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "faces_per_second": round(sum(client.rate for client in clients), 2),
         "each": [round(client.rate, 2) for client in clients],
+        "unseen": sum(client.unseen for client in clients),
         "latency_ms": _values(stages["total"]),
         "steps": dict(sorted(sum((client.steps for client in clients), Counter()).items())),
         "stages_ms": {name: _values(times) for name, times in stages.items() if name != "total"},
@@ -187,16 +202,13 @@ async def in_chromium(arguments: argparse.Namespace) -> dict[str, Any]:
             await tab.click(f"input[value={arguments.transport}]")
             await tab.click("#start")
             await tab.until(LIVE, STARTED_S)
-            await tab.run(
-                "globalThis.shown = 0; const draw = CanvasRenderingContext2D.prototype.drawImage;"
-                "CanvasRenderingContext2D.prototype.drawImage = function (...how) {"
-                "globalThis.shown += this.canvas.id === 'screen'; return draw.apply(this, how); };0"
-            )
+            await tab.run(COUNT)
             await asyncio.sleep(WARM_S)
             begun_s, before = time.monotonic(), await tab.run("globalThis.shown")
             await asyncio.sleep(arguments.seconds)
-            shown = await tab.run("globalThis.shown") - before
-            rate = shown / (time.monotonic() - begun_s)
+            after = await tab.run("globalThis.shown")
+            faces, unseen = (b - a for a, b in zip(before, after, strict=True))
+            rate = faces / (time.monotonic() - begun_s)
             rows = await tab.run(
                 "[...document.querySelectorAll('#times tr')].map((row) =>"
                 "[...row.children].map((cell) => cell.textContent))"
@@ -204,6 +216,7 @@ async def in_chromium(arguments: argparse.Namespace) -> dict[str, Any]:
             tracking = await tab.run("document.querySelector('#tracking').textContent")
             return {
                 "faces_per_second": round(rate, 2),
+                "unseen": unseen,
                 "tracked_per_second": tracking,
                 "p50_p95_ms_of_the_last_5_s": {name: [a, b] for name, a, b in rows},
                 "problems": tab.problems,
@@ -222,7 +235,7 @@ def _values(times: Any) -> dict[str, float]:
     return {name: round(getattr(times, f"{name}_ms"), 1) for name in ("p50", "p95", "p99")}
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Load on the server of the page.")
     parser.add_argument("--clients", type=int, default=1)
     parser.add_argument("--transport", choices=("landmarks", "frames"), default="landmarks")
@@ -233,7 +246,11 @@ def main() -> None:
     parser.add_argument("--serve", metavar="OPTIONS", help="more options of serve, in one text")
     parser.add_argument("--json", type=Path)
     parser.add_argument("-q", "--quiet", action="store_true")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = options().parse_args()
     report = asyncio.run(in_chromium(arguments) if arguments.chromium else replay(arguments))
     for name, value in report.items():
         if name != "soak":
