@@ -7,28 +7,41 @@ import contextlib
 import gc
 import json
 import logging
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
-from collections.abc import Iterator
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
 import numpy as np
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer, get_port_socket
 
 from diffusionact.errors import SettingsError
 from diffusionact.runtime.reenactor import Reenactor
 from diffusionact.runtime.settings import Settings
 from diffusionact.runtime.web import messages
-from diffusionact.runtime.web.guard import Bucket, Guard
+from diffusionact.runtime.web import server as server_module
+from diffusionact.runtime.web import visitor as visitor_module
+from diffusionact.runtime.web.guard import Arrivals, Bucket, Guard
 from diffusionact.runtime.web.pace import EARLY_MS, Pace
-from diffusionact.runtime.web.server import Site
-from diffusionact.runtime.web.visitor import Close, Limits
+from diffusionact.runtime.web.server import Server, Site
+from diffusionact.runtime.web.studio import Studio
+from diffusionact.runtime.web.visitor import Close, Leave, Limits, Visitor
 from tests.pages import (
     FRAME_US,
+    PATIENCE_S,
     SIDE,
     TRACK,
     Browser,
@@ -81,6 +94,9 @@ MALFORMED: dict[str, bytes | str] = {
 }
 
 
+MANY = Site(limits=Limits(connections=1000))
+
+
 def test_a_malformed_message_ends_its_session_and_no_other(act: Reenactor) -> None:
     async def use(browser: Browser) -> None:
         async with browser.page() as bystander:
@@ -95,7 +111,7 @@ def test_a_malformed_message_ends_its_session_and_no_other(act: Reenactor) -> No
                     assert await page.closed() == Close.MALFORMED, name
                 assert (await bystander.drive(TRACK[i], SIDE, i, i * FRAME_US)).frame == i
 
-    visit(act, use)
+    visit(act, use, MANY)
 
 
 def test_times_must_rise_and_frames_be_asked_for(act: Reenactor) -> None:
@@ -169,21 +185,182 @@ def test_an_idle_session_gives_up_its_seat(act: Reenactor) -> None:
         async with browser.page() as quiet:
             await quiet.begin()
             assert await quiet.closed() == Close.IDLE
-        async with browser.page() as faceless:  # busy, but nobody is there
-            await faceless.begin()
-            with pytest.raises(ConnectionError):
-                for i in range(1, 10_000):
-                    await faceless.drive(None, SIDE, i, i * FRAME_US)
-            assert faceless.socket.close_code == Close.IDLE
+
+    visit(act, use, Site(limits=Limits(idle_s=0.3)))
+
+
+def test_a_session_is_idle_without_a_face_and_not_with_one(
+    act: Reenactor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that the test turns: a busy machine is no idle visitor."""
+    now_s, idle_s = 0.0, 600.0
+    clock = SimpleNamespace(monotonic=lambda: now_s, monotonic_ns=time.monotonic_ns)
+    monkeypatch.setattr(visitor_module, "time", clock)
+
+    async def use(browser: Browser) -> None:
+        nonlocal now_s
         async with browser.page() as busy:
             await busy.begin()
-            started = asyncio.get_running_loop().time()
-            i = 0
-            while asyncio.get_running_loop().time() - started < 1.2:
-                i += 1
-                await busy.drive(TRACK[i % 100], SIDE, i, i * FRAME_US)
+            for i in range(1, 10):
+                await busy.drive(TRACK[i], SIDE, i, i * FRAME_US)
+                now_s += 0.4 * idle_s
+        async with browser.page() as faceless:  # as busy, but nobody is there
+            await faceless.begin()
+            for i in range(1, 4):
+                await faceless.drive(None, SIDE, i, i * FRAME_US)
+                now_s += 0.4 * idle_s
+            await faceless.socket.send_bytes(messages.landmarks_message(None, SIDE, 4, 10**6))
+            assert await faceless.closed() == Close.IDLE
 
-    visit(act, use, Site(limits=Limits(idle_s=0.6)))
+    visit(act, use, Site(limits=Limits(idle_s=idle_s)))
+
+
+class Wall:
+    """A socket whose page takes so many messages, and no more."""
+
+    def __init__(self, taken: int) -> None:
+        self._left = taken
+
+    async def send_bytes(self, data: bytes) -> None:
+        self._left -= 1
+        if self._left < 0:
+            await asyncio.Event().wait()
+
+    async def send_json(self, data: object) -> None:
+        await self.send_bytes(b"")
+
+
+@pytest.mark.parametrize("taken", range(4))  # warming, the portrait at rest, ready, next
+def test_a_page_that_takes_nothing_is_idle_from_the_first_message_on(
+    act: Reenactor, monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    monkeypatch.setattr(visitor_module, "SEND_S", 0.05)
+
+    async def said(message: str | bytes) -> AsyncIterator[str | bytes]:
+        yield message
+        await asyncio.Event().wait()
+
+    async def why(message: str | bytes) -> Close:
+        studio = Studio(act)
+        try:
+            with pytest.raises(Leave) as left:
+                await Visitor(studio, Wall(taken), Limits()).attend(said(message))
+        finally:
+            await studio.close()
+        return left.value.why
+
+    begin = '{"do": "begin", "portrait": "ada", "transport": "landmarks"}'
+    assert asyncio.run(why(begin)) == Close.IDLE
+    if taken == 0:
+        assert asyncio.run(why(messages.portrait_message(b"no picture"))) == Close.IDLE
+
+
+@asynccontextmanager
+async def deaf(server: TestServer, *said: str) -> AsyncIterator[socket.socket]:
+    """A connection that says all this, and never reads. Its system takes little for it."""
+    loop = asyncio.get_running_loop()
+    with socket.socket() as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        peer.setblocking(False)
+        await loop.sock_connect(peer, (server.host, server.port))
+        await loop.sock_sendall(
+            peer,
+            b"GET /api/drive HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+            b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Protocol: diffusionact\r\n"
+            b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n",
+        )
+        for text in said:  # short frames, masked with zeros
+            await loop.sock_sendall(peer, bytes([0x81, 0x80 + len(text), 0, 0, 0, 0]))
+            await loop.sock_sendall(peer, text.encode())
+        yield peer
+
+
+def short_of_breath(host: str, port: int, family: socket.AddressFamily) -> socket.socket:
+    """A listening socket whose connections hold little of what is sent."""
+    made = get_port_socket(host, port, family)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return made
+
+
+@pytest.mark.parametrize("ended_by", ["the peer", "the server"])
+def test_a_peer_that_reads_nothing_holds_neither_its_seat_nor_the_server(
+    act: Reenactor, monkeypatch: pytest.MonkeyPatch, ended_by: str
+) -> None:
+    monkeypatch.setattr(server_module, "CLOSE_S", 0.2)
+    if ended_by == "the peer":
+        monkeypatch.setattr(visitor_module, "SEND_S", 0.2)
+    begin = '{"do":"begin","portrait":"ada","transport":"landmarks"}'
+    ordinary, seats = server_module._close, list[int]()
+
+    async def story() -> None:
+        room = Studio(act)
+        site = Site(sessions=1, limits=Limits(commands=40, connections=1000))
+        made = Server(room, site)
+        server = TestServer(made.app(), socket_factory=short_of_breath)
+
+        async def noted(peer: web.WebSocketResponse, request: web.Request, why: Close) -> None:
+            if why == Close.IDLE:
+                seats.append(len(made._seats))
+            await ordinary(peer, request, why)
+
+        monkeypatch.setattr(server_module, "_close", noted)
+        await server.start_server()
+        try:
+            async with aiohttp.ClientSession() as http, deaf(server, *[begin] * 30):
+                async with asyncio.timeout(PATIENCE_S):
+                    while not any(peer.writing_paused for peer in server.handler.connections):
+                        await asyncio.sleep(0.02)
+                    if ended_by == "the peer":
+                        while not await has_seat(Browser(server, http)):
+                            await asyncio.sleep(0.05)
+                        while server.handler.connections:  # it is cut off
+                            await asyncio.sleep(0.05)
+                        assert seats == [0]  # free before the goodbye
+                    await server.close()
+        finally:
+            await server.close()
+            await room.close()
+
+    asyncio.run(story())
+
+
+async def has_seat(browser: Browser) -> bool:
+    async with browser.page() as page:
+        try:
+            await page.begin()
+        except ConnectionError:
+            return False
+        return True
+
+
+def test_too_many_connections_of_one_address_are_told_to_wait(act: Reenactor) -> None:
+    async def use(browser: Browser) -> None:
+        for _ in range(4):  # two beside the seats
+            async with browser.page(token="not-the-token-of-it") as page:
+                assert await page.closed() == Close.TOKEN
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            async with browser.page(token=TOKEN):
+                pass
+        assert refused.value.status == 429 and refused.value.headers is not None
+        assert 900 < int(refused.value.headers["Retry-After"]) <= 1000
+        assert "Content-Security-Policy" in refused.value.headers
+        async with browser.http.get(browser.server.make_url("/")) as answer:
+            assert answer.status == 200
+
+    limits = Limits(connections=2, connections_a_second=0.001)
+    visit(act, use, Site(token=TOKEN, sessions=2, limits=limits))
+
+
+def test_four_pages_that_reconnect_stay_below_the_limit() -> None:
+    """The page's own waits, after a server that came back and found every seat taken."""
+    now_s, limits = 0.0, Limits()
+    arrivals = Arrivals(
+        limits.connections + Site().sessions, limits.connections_a_second, clock=lambda: now_s
+    )
+    tries = sorted(4 * [0.0, *accumulate([0.5, 1.0, 2.0, 4.0, *[4.0] * 20])])
+    for now_s in tries:
+        assert arrivals.wait_s("127.0.0.1") == 0, now_s
 
 
 def test_a_token_is_wanted_where_there_is_one(act: Reenactor) -> None:
@@ -223,10 +400,10 @@ def test_other_hosts_and_other_sites_are_refused(act: Reenactor) -> None:
             with pytest.raises(aiohttp.WSServerHandshakeError):
                 async with browser.page(Origin=origin):
                     pass
-        async with browser.page(Origin=here) as page:
+        async with browser.page(token=TOKEN, Origin=here) as page:
             await page.begin()
 
-    visit(act, use, Site(names=("studio.lan",)))
+    visit(act, use, Site(names=("studio.lan",), token=TOKEN))
 
 
 def test_files_come_with_a_policy_and_none_but_the_pages_own(act: Reenactor) -> None:
@@ -274,9 +451,10 @@ def test_other_machines_are_let_in_with_a_token_only() -> None:
         Site(host="0.0.0.0")
     with pytest.raises(SettingsError, match="sessions"):
         Site(sessions=0)
-    with pytest.raises(SettingsError, match="16 or more"):
-        Guard("short")
+    with pytest.raises(SettingsError, match="--allow-host studio.lan .* --token"):
+        Site(names=("studio.lan",))  # of a proxy on this machine
     Site(host="0.0.0.0", token=TOKEN)
+    Site(names=("studio.lan",), token=TOKEN)
     Site(host="::1")
     assert not Guard(TOKEN).admits("\udcff" + TOKEN)  # a header with a byte that is no text
 
@@ -331,7 +509,7 @@ def test_visitors_who_come_and_go_leave_nothing_behind(act: Reenactor) -> None:
 
     tracemalloc.start()
     try:
-        visit(act, use, new_tracker=lambda: FakeTracker([]))
+        visit(act, use, MANY, new_tracker=lambda: FakeTracker([]))
     finally:
         tracemalloc.stop()
     (tasks, threads, early), (later_tasks, later_threads, late) = held
@@ -342,12 +520,49 @@ def test_visitors_who_come_and_go_leave_nothing_behind(act: Reenactor) -> None:
 # ---- parts ----
 
 
+@pytest.mark.parametrize(
+    "token", ["", "short", "fifteen-letters", *(f"sixteen{c}letters-" for c in "=/+ \n%#,é")]
+)
+def test_a_token_that_a_page_could_not_send_is_refused(token: str) -> None:
+    for made in (Guard, lambda text: Site(token=text)):
+        with pytest.raises(SettingsError, match="16 or more.* --token new") as refused:
+            made(token)
+        assert len(token) < 3 or token not in str(refused.value)
+
+
+def test_tokens_of_the_usual_makers_are_taken() -> None:
+    for token in (
+        secrets.token_urlsafe(24),
+        secrets.token_hex(),
+        str(uuid.uuid4()),
+        "a.b_c~d-" * 2,
+    ):
+        assert Guard(token).admits(token)
+
+
 def test_a_bucket_gives_so_many_at_once_and_so_many_a_second() -> None:
     now = 0.0
     bucket = Bucket(3, 2.0, clock=lambda: now)
     assert [bucket.take() for _ in range(4)] == [True, True, True, False]
     now = 1.0
     assert [bucket.take() for _ in range(3)] == [True, True, False]
+
+
+def test_arrivals_are_counted_by_address_and_forgotten() -> None:
+    now = 0.0
+    arrivals = Arrivals(2, 0.25, clock=lambda: now)
+    assert [arrivals.wait_s("192.0.2.1") for _ in range(3)] == [0, 0, 4]
+    assert arrivals.wait_s("192.0.2.2") == 0
+    assert [arrivals.wait_s(f"2001:db8::{i}") for i in (1, 2, 3)] == [0, 0, 4]  # one network
+    assert arrivals.wait_s("2001:db8:0:1::1") == arrivals.wait_s("fe80::1%eth0") == 0
+    assert [arrivals.wait_s(a) for a in ("::ffff:192.0.2.1", "::ffff:192.0.2.2")] == [4, 0]
+    assert arrivals.wait_s(None) == 0  # of a Unix socket
+    now = 3.0
+    assert arrivals.wait_s("192.0.2.1") == 1
+    now = 4.0
+    assert arrivals.wait_s("192.0.2.1") == 0
+    now = 100.0
+    assert arrivals.wait_s("192.0.2.1") == 0 and len(arrivals._known) == 1
 
 
 def test_the_pace_brings_frames_just_before_the_renderer_is_free() -> None:

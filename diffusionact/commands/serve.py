@@ -47,13 +47,18 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"default: {PORT}; 0: any that is free",
     )
-    add("--token", metavar="TEXT", help="wanted of every page; `new` makes one and prints it")
+    add(
+        "--token",
+        metavar="TEXT",
+        help="wanted of every page: 16 or more of A-Z a-z 0-9 . _ ~ -; `new` makes one and "
+        "prints it",
+    )
     add(
         "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="a host name pages may use",
+        help="a host name pages may use, behind a proxy say; needs --token",
     )
     add("--tls", nargs=2, metavar=("CERT", "KEY"), help="https: certificate and key, PEM")
     add("--sessions", type=int, default=4, metavar="N", help="pages at once (default: 4)")

@@ -17,16 +17,17 @@ from aiohttp import WSMsgType, web
 import diffusionact.runtime as runtime_package
 from diffusionact.errors import SettingsError
 from diffusionact.landmarks import MESH_IRISES, MESH_TO_POINTS
-from diffusionact.runtime.web.guard import Guard, is_local
+from diffusionact.runtime.web.guard import Arrivals, Guard, check_token, is_local
 from diffusionact.runtime.web.messages import MAX_MESSAGE_BYTES, MAX_PICTURE_BYTES, PROTOCOL, UNITS
 from diffusionact.runtime.web.pictures import FRAME_SIDE, PORTRAIT_SIDE
 from diffusionact.runtime.web.studio import Studio
-from diffusionact.runtime.web.visitor import Close, Leave, Limits, Visitor
+from diffusionact.runtime.web.visitor import Close, Leave, Limits, Visitor, in_time
 
 PORT = 8600
 SUBPROTOCOL = "diffusionact"
 TOKEN_PREFIX = "token."  # a second subprotocol: the one header that a page may set
 HEARTBEAT_S = 15.0
+CLOSE_S = 3.0  # for a page to take what was sent, and the goodbye
 PAGE = Path(__file__).parent / "page"
 TRACKER_PLACES = ("web/tracker", "web/node_modules/@mediapipe/face_mesh")
 TRACKER_FILES = (
@@ -74,10 +75,13 @@ class Site:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        if not is_local(self.host) and self.token is None:
+        check_token(self.token)
+        # A name is for others too: whoever connects to a proxy comes from this machine.
+        if self.token is None and (self.names or not is_local(self.host)):
+            why = f"--allow-host {self.names[0]}" if self.names else f"--host {self.host}"
             raise SettingsError(
-                f"--host {self.host} lets other machines in: it needs --token TEXT as well, or "
-                "--token new for a fresh one"
+                f"{why} lets other machines in: it needs --token TEXT as well, or --token new "
+                "for a fresh one"
             )
         if not 1 <= self.sessions <= 64:
             raise SettingsError(f"--sessions {self.sessions}; wanted 1 to 64")
@@ -89,7 +93,10 @@ class Server:
     def __init__(self, studio: Studio, site: Site) -> None:
         self._studio, self._site = studio, site
         self._guard = Guard(site.token, (*site.names, site.host))
-        self._sockets: set[web.WebSocketResponse] = set()
+        limits = site.limits
+        burst = limits.connections + site.sessions
+        self._arrivals = Arrivals(burst, limits.connections_a_second)
+        self._seats: dict[web.WebSocketResponse, web.Request] = {}
         self._tracker_dir = web_tracker()
         policy = POLICY
         if self._tracker_dir is not None:
@@ -153,7 +160,7 @@ class Server:
                 "model": self._studio.model,
                 "portraits": sorted(self._studio.portraits),
                 "token": self._site.token is not None,
-                "seats": {"all": self._site.sessions, "taken": len(self._sockets)},
+                "seats": {"all": self._site.sessions, "taken": len(self._seats)},
                 "tracker": self.has_web_tracker,
                 "mesh": {"points": MESH_TO_POINTS, "irises": MESH_IRISES, "units": UNITS},
                 "limits": {
@@ -176,6 +183,10 @@ class Server:
 
     async def _drive(self, request: web.Request) -> web.StreamResponse:
         """Serve one visitor until one of both has had enough."""
+        if wait_s := self._arrivals.wait_s(request.remote):
+            raise web.HTTPTooManyRequests(
+                text="too many connections\n", headers={"Retry-After": str(wait_s)}
+            )
         socket = web.WebSocketResponse(
             protocols=(SUBPROTOCOL,),
             heartbeat=HEARTBEAT_S,
@@ -183,30 +194,37 @@ class Server:
             compress=False,
         )
         await socket.prepare(request)
+        why: Close | None
         if not self._guard.admits(_token(request)):
-            await socket.close(code=Close.TOKEN, message=b"token")
-            return socket
-        if len(self._sockets) >= self._site.sessions:
-            await socket.close(code=Close.FULL, message=b"full")
-            return socket
-        self._sockets.add(socket)
-        try:
-            visitor = Visitor(self._studio, socket, self._site.limits)
-            await visitor.attend(_messages(socket))
-        except Leave as leave:
-            _log.info("a session was closed: %s", leave)
-            await socket.close(code=leave.why, message=leave.why.name.lower().encode())
-        except ConnectionError:
-            pass  # the page has gone
-        except Exception:
-            _log.exception("a session failed")
-            await socket.close(code=Close.FAULT, message=b"fault")
-        finally:
-            self._sockets.discard(socket)
+            why = Close.TOKEN
+        elif len(self._seats) >= self._site.sessions:
+            why = Close.FULL
+        else:
+            self._seats[socket] = request
+            try:
+                why = await self._attend(socket)
+            finally:
+                del self._seats[socket]  # before the goodbye, which a peer can draw out
+        if why is not None:
+            await _close(socket, request, why)
         return socket
 
+    async def _attend(self, socket: web.WebSocketResponse) -> Close | None:
+        """Why a visitor is to be sent away; None where the page has gone by itself."""
+        try:
+            await Visitor(self._studio, socket, self._site.limits).attend(_messages(socket))
+        except Leave as leave:
+            _log.info("a session was closed: %s", leave)
+            return leave.why
+        except ConnectionError:
+            pass
+        except Exception:
+            _log.exception("a session failed")
+            return Close.FAULT
+        return None
+
     async def _shut(self, app: web.Application) -> None:
-        closing = (s.close(code=Close.GOING, message=b"going") for s in tuple(self._sockets))
+        closing = (_close(*seat, Close.GOING) for seat in tuple(self._seats.items()))
         await asyncio.gather(*closing, return_exceptions=True)
 
 
@@ -263,6 +281,16 @@ def _token(request: web.Request) -> str | None:
     offered = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
     tokens = (o.strip().removeprefix(TOKEN_PREFIX) for o in offered if TOKEN_PREFIX in o)
     return next(tokens, None)
+
+
+async def _close(socket: web.WebSocketResponse, request: web.Request, why: Close) -> None:
+    """Return when the page knows why, or has let the time pass and is cut off: a peer that reads
+    nothing would hold its connection until TCP gives up."""
+    try:
+        await in_time(socket.close(code=why, message=why.name.lower().encode()), CLOSE_S)
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
 
 
 async def _messages(socket: web.WebSocketResponse) -> AsyncIterator[str | bytes]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol
@@ -103,7 +103,7 @@ class Visitor:
                 await self._take(message)
         except Malformed as error:
             raise Leave(Close.MALFORMED, str(error)) from None
-        except (TimeoutError, asyncio.TimeoutError):  # of _say or _send; two classes in 3.10
+        except TimeoutError:  # of _say or _send
             raise Leave(Close.IDLE, NOT_TAKEN) from None
         finally:
             await self._end()
@@ -272,10 +272,10 @@ class Visitor:
         await self._send(next_message())
 
     async def _say(self, state: str, **more: Any) -> None:
-        await asyncio.wait_for(self._socket.send_json({"state": state, **more}), SEND_S)
+        await in_time(self._socket.send_json({"state": state, **more}), SEND_S)
 
     async def _send(self, message: bytes) -> None:
-        await asyncio.wait_for(self._socket.send_bytes(message), SEND_S)
+        await in_time(self._socket.send_bytes(message), SEND_S)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -284,7 +284,7 @@ class Visitor:
             return
         if isinstance(error, BadPicture):
             self._failed.set_exception(Leave(Close.MALFORMED, str(error)))
-        elif isinstance(error, (TimeoutError, asyncio.TimeoutError, ConnectionError)):
+        elif isinstance(error, (TimeoutError, ConnectionError)):
             self._failed.set_exception(Leave(Close.IDLE, NOT_TAKEN))
         elif error is not None:
             self._failed.set_exception(error)
@@ -311,3 +311,17 @@ class Visitor:
             with contextlib.suppress(RuntimeError):  # the studio has closed already
                 await self._studio.release(self._tracker)
         self._upload = self._tracker = None
+
+
+async def in_time(work: Coroutine[Any, Any, object], seconds: float) -> None:
+    """Return when the work is done. Raises: TimeoutError after so long, or what the work raises."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        # All who send on one connection wait for one future of aiohttp's: the first of them to
+        # give up cancels it, and all that wait for it later. They are as late.
+        if not task.done() or task.cancelled():
+            raise TimeoutError
+        task.result()
+    finally:
+        task.cancel()
