@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import heapq
 import json
 import logging
 import secrets
@@ -28,6 +29,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer, get_port_socket
 
+from diffusionact.cli import main
 from diffusionact.errors import SettingsError
 from diffusionact.runtime.reenactor import Reenactor
 from diffusionact.runtime.settings import Settings
@@ -446,13 +448,17 @@ def test_nothing_of_a_user_is_written_or_logged(
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
 
 
-def test_other_machines_are_let_in_with_a_token_only() -> None:
+def test_other_machines_are_let_in_with_a_token_only(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SettingsError, match="--token"):
         Site(host="0.0.0.0")
     with pytest.raises(SettingsError, match="sessions"):
         Site(sessions=0)
     with pytest.raises(SettingsError, match="--allow-host studio.lan .* --token"):
         Site(names=("studio.lan",))  # of a proxy on this machine
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "behind a proxy say; needs --token" in told and "16 or more of A-Z a-z 0-9" in told
     Site(host="0.0.0.0", token=TOKEN)
     Site(names=("studio.lan",), token=TOKEN)
     Site(host="::1")
@@ -572,11 +578,43 @@ def test_the_pace_brings_frames_just_before_the_renderer_is_free() -> None:
     for _ in range(60):
         ready_ms = asked_ms + 12.0
         begun_ms = max(ready_ms, free_ms)
-        pace.learn(*(round(1e6 * ms) for ms in (ready_ms, begun_ms, free_ms)))
+        pace.learn(*(round(1e6 * ms) for ms in (ready_ms, begun_ms, free_ms, 40.0)))
         waits.append(begun_ms - ready_ms)
         free_ms, asked_ms = begun_ms + 40.0, begun_ms + pace.delay_ms
     assert waits[1] > 20.0  # at first as early as can be
     assert waits[-1] == pytest.approx(EARLY_MS, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("visitors", "render_ms", "camera_ms"), [(4, 40, 100), (4, 20, 0), (2, 30, 33)]
+)
+def test_every_visitor_gets_the_same_share_of_a_busy_renderer(
+    visitors: int, render_ms: float, camera_ms: float
+) -> None:
+    """Pages whose cameras tick apart, renders that differ, one in twenty three times as long."""
+    rng = np.random.default_rng(0)
+    paces, shown = [Pace() for _ in range(visitors)], [0] * visitors
+    tick_ms = rng.uniform(0, camera_ms, visitors)
+    free_ms, waiting = 0.0, list[tuple[float, int]]()
+
+    def ask(i: int, at_ms: float) -> None:
+        tick_ms[i] = max(tick_ms[i] + camera_ms, at_ms + 6.0)  # the camera's next picture
+        heapq.heappush(waiting, (tick_ms[i] + 6.0, i))
+
+    for i in range(visitors):
+        ask(i, 0.0)
+    while True:
+        ready_ms, i = heapq.heappop(waiting)
+        begun_ms = max(ready_ms, free_ms)
+        if begun_ms > 30_000.0:
+            break
+        took_ms = render_ms * rng.uniform(0.7, 1.3) * (3.0 if rng.random() < 0.05 else 1.0)
+        times = (ready_ms, begun_ms, free_ms, visitors * took_ms)
+        paces[i].learn(*(round(1e6 * ms) for ms in times))
+        free_ms, shown[i] = begun_ms + took_ms, shown[i] + 1
+        ask(i, begun_ms + paces[i].delay_ms)
+    assert min(shown) > 0.8 * max(shown), shown
+    assert sum(shown) > 0.75 * 30_000.0 / (1.1 * render_ms), "the renderer idles"
 
 
 def test_landmarks_survive_the_wire() -> None:

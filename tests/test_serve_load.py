@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from benchmarks.serve_load import Client, Driver, options, replay
+from benchmarks.serve_load import COUNT, Client, Driver, options, replay
 from diffusionact.runtime.web.messages import Moments
+from tests.chromium import FOUND, chromium
 from tests.pages import Page, Picture
 
 
@@ -45,6 +47,32 @@ def test_a_picture_of_nobody_is_no_face(monkeypatch: pytest.MonkeyPatch) -> None
         asyncio.run(client.run(page, "landmarks", "ada", float("inf")))
     assert len(client.stages) == len(client.recent) == client.steps[4] == 7
     assert client.unseen == 3
+
+
+@pytest.mark.skipif(FOUND is None, reason="no chromium: apt-get install chromium")
+@pytest.mark.slow
+def test_what_a_browser_draws_is_a_face_where_the_page_says_so(tmp_path: Path) -> None:
+    async def counted() -> Any:
+        async with chromium(tmp_path / "no-camera.mjpeg") as browser:
+            tab = await browser.tab("about:blank")
+            await tab.run(
+                "document.body.innerHTML = '<p id=status></p><canvas id=screen></canvas>"
+                "<canvas id=own></canvas>'; 0"
+            )
+            await tab.run(COUNT)
+            for canvas, status in (
+                *[("screen", "Live")] * 3,
+                ("own", "Live"),
+                ("screen", "No face"),
+            ):
+                await tab.run(
+                    f"document.querySelector('#{canvas}').getContext('2d')"
+                    f".drawImage(document.querySelector('#own'), 0, 0);"
+                    f"document.querySelector('#status').textContent = '{status}'; 0"
+                )
+            return await tab.run("globalThis.shown")
+
+    assert asyncio.run(counted()) == [3, 1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="figures are of /proc")
