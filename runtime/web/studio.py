@@ -164,18 +164,21 @@ class Studio:
 
         return await self._render(rendered)
 
-    def observe(self, session: Session, made: Rendered, total_ns: int) -> None:
-        """Return nothing; the next frames take as many steps as the goal allows. total_ns: since
-        the frame came. A rate is shared by all who move: it is judged by a round of them."""
-        if self._control is None or self._goal is None or not made.result.seen:
-            return
+    def observe(self, session: Session, made: Rendered, total_ns: int) -> int:
+        """Return how long a round of all who move takes, ns; the next frames take as many steps as
+        the goal allows. total_ns: since the frame came. A rate is shared by all who move: it is
+        judged by a round of them."""
         now_ns = time.monotonic_ns()
         self._moving[session] = now_ns
         self._moving = {s: at for s, at in self._moving.items() if now_ns - at < MOVING_NS}
+        round_ns = len(self._moving) * (made.done_ns - made.begun_ns)
+        if self._control is None or self._goal is None or not made.result.seen:
+            return round_ns
         share = len(self._moving) if self._goal.fps else 1
-        spent_ns = share * (made.done_ns - made.begun_ns) if self._goal.fps else total_ns
+        spent_ns = round_ns if self._goal.fps else total_ns
         render_ns = share * made.result.times.get("render", 0)
         self._steps = self._control.observe(now_ns, made.result.steps, spent_ns, render_ns)
+        return round_ns
 
     def leave(self, session: Session) -> None:
         """Return nothing; the session counts no more, and nothing here holds it or its portrait."""

@@ -230,7 +230,6 @@ class Visitor:
         made = await self._studio.frame(
             session, driver, packet.captured_us * 1000, lambda: self._ask_later(session)
         )
-        self._pace.learn(made.ready_ns, made.begun_ns, made.free_ns)
         if made.result.seen:
             self._active_s = time.monotonic()
         async with self._sending:
@@ -245,7 +244,8 @@ class Visitor:
                 encode_ns=now_ns - made.done_ns,
                 steps=made.result.steps,
             )
-            self._studio.observe(session, made, now_ns - received_ns)
+            round_ns = self._studio.observe(session, made, now_ns - received_ns)
+            self._pace.learn(made.ready_ns, made.begun_ns, made.free_ns, round_ns)
             if session is self._session:
                 message = picture_message(
                     jpeg, packet.frame, packet.captured_us, moments,
