@@ -13,6 +13,7 @@ export class Camera extends EventTarget {
   #video = document.createElement("video");
   #site;
   #faceMesh = null;
+  #opening = null;  // a promise of it: it is loaded once, however often it is asked for
   #transport = "landmarks";
   #canvas = document.createElement("canvas");
   #newest = null;  // {capturedMs, seenMs} of the video's picture, not yet used
@@ -69,7 +70,14 @@ export class Camera extends EventTarget {
   async use(transport) {
     this.forget();
     this.#transport = transport;
-    if (transport === "landmarks") this.#faceMesh ??= await openFaceMesh(this.#site.mesh);
+    if (transport !== "landmarks") return;
+    this.#opening ??= openFaceMesh(this.#site.mesh);
+    try {
+      this.#faceMesh = await this.#opening;
+    } catch (error) {
+      this.#opening = null;
+      throw error;
+    }
   }
 
   /** The server asks for a frame. */
@@ -115,6 +123,7 @@ export class Camera extends EventTarget {
       const spent = trackedMs - picture.seenMs;
       this.dispatchEvent(new CustomEvent("tracked", { detail: { spent, points } }));
     } catch (error) {
+      if (!this.#running) return;  // stopped, and its picture with it
       this.dispatchEvent(new CustomEvent("fault", { detail: error }));
     } finally {
       this.#busy = false;

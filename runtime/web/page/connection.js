@@ -1,13 +1,14 @@
 // One WebSocket that comes back by itself.
 //
-// Events: "state" (detail: what the server says, or {state: "connecting" | "lost" | "closed"}),
+// Events: "state" (detail: what the server says, or {state: "connecting" | "full" | "lost" |
+// "closed"}),
 // "next" (one frame may be sent), "picture" (detail: of wire.js).
 
 import { readMessage } from "./wire.js";
 
 export const CLOSED = { 4000: "idle", 4001: "malformed", 4002: "too-fast", 4003: "full",
   4004: "token", 4005: "fault" };
-const FOR_GOOD = new Set(["idle", "malformed", "too-fast", "token"]);
+const FOR_GOOD = new Set(["idle", "malformed", "too-fast", "token", "fault"]);
 const WAITS_MS = [500, 1000, 2000, 4000];
 const FULL_WAIT_MS = 4000;
 
@@ -56,7 +57,13 @@ export class Connection extends EventTarget {
     address.protocol = address.protocol.replace("http", "ws");
     address.hash = "";
     const protocols = ["diffusionact", ...(this.#token ? [`token.${this.#token}`] : [])];
-    const socket = new WebSocket(address, protocols);
+    let socket;
+    try {
+      socket = new WebSocket(address, protocols);
+    } catch {  // of a token that no subprotocol can be named by
+      this.#tell({ state: "closed", why: "illegal-token" });
+      return;
+    }
     socket.binaryType = "arraybuffer";
     this.#socket = socket;
     socket.addEventListener("open", () => this.#onOpen());
