@@ -86,27 +86,83 @@ function markOwn(chosen) {
 }
 
 async function chooseOwn(file) {
-  let own;
+  if (choosing) return;  // one after the other
+  choosing = true;
   try {
-    own = await chooser.show(file);
+    await askAbout(file);
+  } finally {
+    choosing = false;
+  }
+}
+
+async function askAbout(file) {
+  let picture;
+  try {
+    picture = await chooser.show(file);
   } catch {
     say("That file is no picture this browser can read.", "bad");
     return;
   }
-  wanted.own = own;
-  pickNext = true;
-  if (connection.isOpen) sendOwn();
+  if (!chooser.isOpen) return;  // cancelled before it left
+  candidate = picture;
+  if (connection.isOpen) offer();
   else connect();
+  const face = await chooser.answer;
+  candidate = null;
+  if (face !== null) {
+    Object.assign(wanted, { portrait: "own", face, own: picture });
+    markOwn(true);
+    if (connection.isOpen) begin();
+    else connect();
+  } else if (wanted.portrait === "own" && connection.isOpen && held?.picture !== wanted.own) {
+    upload(wanted.own);  // in place of the one that was cancelled
+  }
 }
 
-function sendOwn() {
-  connection.send(portraitMessage(wanted.own, ++uploads));
+/** Have the server look for faces in the candidate, and show them. */
+async function offer() {
+  const picture = candidate;
+  const found = await upload(picture);
+  if (found === null || candidate !== picture) return;  // lost, and offered again; or cancelled
+  if (found.why) chooser.refuse(`This picture cannot be used: ${found.why}.`);
+  else chooser.pick(found.faces, found.size);
+}
+
+/** Send a picture; what the server says of it: {faces, size} or {why}, null when the connection
+    is lost. The server holds one picture, the last. */
+function upload(picture) {
+  connection.send(portraitMessage(picture, ++uploads));
+  const found = new Promise((resolve) => answers.set(uploads, resolve));
+  held = { picture, found };
+  return found;
+}
+
+function answered({ upload: number, ...found }) {
+  answers.get(number)?.(found);
+  answers.delete(number);
+}
+
+function forgetUploads() {
+  for (const resolve of answers.values()) resolve(null);
+  answers.clear();
+  held = null;
+}
+
+/** Have the server hold the user's picture; what it says of it. Never the candidate, which nobody
+    has agreed to: it may have been sent at any moment. */
+async function holdOwn() {
+  let found;
+  do {
+    const { own } = wanted;
+    found = await (held?.picture === own ? held.found : upload(own));
+  } while (found !== null && held?.picture !== wanted.own);
+  return found;
 }
 
 function chooseTransport(name) {
   wanted.transport = name;
   meter.forget();
-  $("notice").hidden = true;
+  hideNotice();
   showTracking(null);
   $("tracked").hidden = name === "frames";
   if (camera.isRunning) begin();
@@ -118,6 +174,16 @@ async function start() {
     return;
   }
   if (starting) return;
+  if (wanted.transport === null) {
+    notice("This server came without the face tracker for browsers. Without it your camera pictures "
+      + "go to the server, which reads your face in them and keeps none.",
+    "Send camera pictures", () => {
+      toPictures();
+      start();
+    });
+    say("Choose what leaves this device.", "calm");
+    return;
+  }
   starting = true;  // and not disabled: that would take the focus from who came by keyboard
   say("Waiting for the camera: allow it if the browser asks.", "busy");
   try {
@@ -139,7 +205,12 @@ function stop(why, tone = "calm") {
   connection.close();
   live = false;
   settle();
+  forgetUploads();
   flying.clear();
+  meter.forget();
+  showReport(null);
+  drawSent(null);
+  if (candidate !== null) chooser.refuse(why);
   $("start").textContent = "Start the camera";
   $("recalibrate").disabled = $("record").disabled = true;
   say(why, tone);
@@ -167,16 +238,21 @@ function cameraTrouble({ name }) {
 
 // ---- what the connection says ----
 
-let pickNext = false;  // a face of the user's picture is to be picked, not to be taken again
-let uploads = 0;  // pictures sent; an answer to another than the last is not wanted any more
+let choosing = false;  // a picture of the user's own is being asked about
+let candidate = null;  // that picture: not agreed to yet, and no portrait before it is
+let uploads = 0;  // pictures sent
+const answers = new Map();  // their numbers -> who waits for what the server says of them
+let held = null;  // {picture, found} of the last one sent to this server, see upload()
+let round = 0;  // a begin, or its end: what waited for something in another round has to give up
 let beginning = false;  // the server makes a portrait ready
 let again = 0;  // a timer: another one was chosen meanwhile
 let begunMs = -Infinity;
 
 function connect() {
+  forgetUploads();
   connection.open(() => {
-    if (pickNext || wanted.portrait === "own") sendOwn();
-    else begin();
+    if (candidate !== null) offer();
+    if (candidate === null || camera.isRunning) begin();
   });
 }
 
@@ -192,12 +268,14 @@ function begin() {
 }
 
 function settle() {
+  round++;
   beginning = false;
   clearTimeout(again);
   again = 0;
 }
 
 async function beginNow() {
+  const mine = ++round;
   beginning = true;
   begunMs = performance.now();
   flying.clear();
@@ -209,12 +287,24 @@ async function beginNow() {
   try {
     if (camera.isRunning) await camera.use(transport);
   } catch {
+    if (mine !== round) return;
     settle();
     notice("This browser cannot run the face tracker.", "Send camera pictures", toPictures);
     say("No face tracker in this browser.", "bad");
     return;
   }
-  if (!beginning) return;  // stopped while the tracker was loading
+  if (mine !== round) return;  // stopped while the tracker was loading
+  if (wanted.portrait === "own") {
+    const found = await holdOwn();
+    if (mine !== round) return;
+    const lacks = !(wanted.face < found?.faces?.length);
+    if (wanted.portrait === "own" && lacks) {  // and no other was chosen meanwhile
+      settle();
+      say(`Your picture cannot be used: ${found?.why ?? "its face is not found again"}. Choose `
+        + "another portrait.", "bad");
+      return;
+    }
+  }
   if (transport !== wanted.transport) {  // changed meanwhile
     settle();
     begin();
@@ -222,24 +312,8 @@ async function beginNow() {
   }
   judgeFrom = performance.now();
   const { portrait, face } = wanted;
-  connection.say({ do: "begin", portrait, transport, face });
-}
-
-async function pickFace({ faces, size, upload }) {
-  if (upload !== uploads) return;
-  if (!pickNext) {
-    begin();  // the same picture again, after a lost connection
-    return;
-  }
-  pickNext = false;
-  const face = await chooser.pick(faces, size);
-  if (face === null) {
-    if (wanted.portrait !== "own") wanted.own = null;
-    return;
-  }
-  Object.assign(wanted, { portrait: "own", face });
-  markOwn(true);
-  begin();
+  // Without a choice the camera does not run, and nothing is sent: either name will do.
+  connection.say({ do: "begin", portrait, transport: transport ?? "landmarks", face });
 }
 
 const SAID = {
@@ -253,16 +327,20 @@ const SAID = {
     $("record").disabled = !Recorder.isPossible;
     if (!camera.isRunning) say("Ready. Start the camera and move.", "calm");
   },
-  faces: pickFace,
-  "bad-portrait"({ why, upload }) {
-    const text = `This picture cannot be used: ${why}.`;
-    if (upload === undefined) settle();
-    if (chooser.isOpen) chooser.refuse(text);
-    else say(`${text} Choose another portrait.`, "bad");
+  faces: answered,
+  "bad-portrait"(detail) {
+    if (detail.upload !== undefined) {
+      answered(detail);
+      return;
+    }
+    settle();
+    say(`This picture cannot be used: ${detail.why}. Choose another portrait.`, "bad");
   },
   "no-tracker"() {
     settle();
-    say("The server has no face tracker. Choose “70 points of your face”.", "bad");
+    say(site.tracker ? "The server has no face tracker. Choose “70 points of your face”."
+      : "Neither this page nor the server has a face tracker. docs/serve.md tells how to install "
+      + "one.", "bad");
   },
   full: ({ seconds }) => lost(`All seats are taken. Trying again every ${seconds} s.`),
   lost: ({ seconds }) => lost(`Connection lost. Trying again in ${seconds} s.`),
@@ -272,13 +350,18 @@ const SAID = {
 const CLOSED = {
   idle: "Stopped: nobody was seen for a while.",
   token: "This server wants a token: open the whole address that it printed, with #token=…",
+  "illegal-token": "The token in the address has characters that no token can have. Open the whole "
+    + "address that the server printed.",
   malformed: "The server did not understand this page. Reload it.",
   "too-fast": "Too much at once: the server ended the session.",
+  fault: "Something went wrong at the server, and it ended the session. Its log tells what.",
 };
 
 function lost(text) {
   live = false;
   settle();
+  forgetUploads();
+  if (candidate !== null) chooser.refuse(text);
   begunMs = -Infinity;
   flying.clear();
   camera.forget();
@@ -288,15 +371,19 @@ function lost(text) {
 
 async function showPicture({ detail: picture }) {
   const arrivedMs = performance.now();
+  const mine = round;
   const sent = flying.get(picture.frame);
   flying.delete(picture.frame);
   if (again || (sent === undefined && picture.frame !== 0)) return;  // of the portrait before
   const image = await createImageBitmap(picture.jpeg);
-  show(image, image.width, image.height);
+  const over = again || mine !== round;  // stopped, lost or begun anew while it was decoded
+  if (!over) show(image, image.width, image.height);
   image.close();
-  if (sent === undefined) return;  // the portrait at rest
-  meter.shown(sent, picture, arrivedMs, performance.now());
-  showSteps(picture.steps);
+  if (over || sent === undefined) return;  // undefined: the portrait at rest
+  if (picture.seen) {  // an empty chair has no faces a second
+    meter.shown(sent, picture, arrivedMs, performance.now());
+    showSteps(picture.steps);
+  }
   if (!picture.seen) say("No face seen. The portrait rests until you are back.", "busy");
   else if (picture.neutral) say("Look straight ahead for a second…", "busy");
   else say("Live", "good");
@@ -322,8 +409,15 @@ function notice(text, yes, act) {
   $("notice").hidden = false;
 }
 
-function toPictures() {
+/** The focus goes to the button beside it, where it was in the notice. */
+function hideNotice() {
+  const inside = $("notice").contains(document.activeElement);
   $("notice").hidden = true;
+  if (inside) $("start").focus();
+}
+
+function toPictures() {
+  hideNotice();
   document.querySelector("input[value=frames]").click();
 }
 
@@ -363,7 +457,7 @@ $("recalibrate").addEventListener("click", () => {
   recalibratedMs = performance.now();
   connection.say({ do: "recalibrate" });
 });
-$("notice-no").addEventListener("click", () => ($("notice").hidden = true));
+$("notice-no").addEventListener("click", hideNotice);
 $("file").addEventListener("change", ({ target }) => {
   if (target.files.length > 0) chooseOwn(target.files[0]);
   target.value = "";
@@ -379,7 +473,7 @@ addEventListener("dragleave", () => $("drop").classList.remove("over"));
 addEventListener("drop", ({ dataTransfer }) => {
   $("drop").classList.remove("over");
   const file = [...dataTransfer.files].find(({ type }) => type.startsWith("image/"));
-  if (file && !chooser.isOpen) chooseOwn(file);
+  if (file) chooseOwn(file);
 });
 setInterval(() => {
   showReport(meter.report());
@@ -394,9 +488,12 @@ buildGallery();
 if (!site.tracker) {
   const landmarks = document.querySelector("input[value=landmarks]");
   landmarks.disabled = true;
+  landmarks.checked = false;
   landmarks.nextElementSibling.append(" (This server came without the tracker for browsers.)");
+  $("tracked").hidden = true;
+  wanted.transport = null;  // pictures are sent of nobody who has not asked for it
 }
-if (!site.tracker || asked.get("transport") === "frames") {
+if (asked.get("transport") === "frames") {
   document.querySelector("input[value=frames]").click();
 }
 say("Choose a portrait, then start the camera.", "calm");

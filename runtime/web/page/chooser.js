@@ -13,6 +13,7 @@ export class Chooser {
   #use = document.querySelector("#use");
   #face = null;
   #resolve = () => {};
+  answer = Promise.resolve(null);  // the face that the user picks, from 0; null when they cancel
 
   constructor() {
     this.#consent.addEventListener("change", () => this.#update());
@@ -35,11 +36,12 @@ export class Chooser {
     paper.fillRect(0, 0, this.#canvas.width, this.#canvas.height);
     paper.drawImage(picture, 0, 0, this.#canvas.width, this.#canvas.height);
     picture.close();
-    this.#faces.querySelectorAll("button").forEach((button) => button.remove());
-    this.#face = null;
+    this.#clear();
     this.#consent.checked = false;
-    this.#say("Looking for faces…");
-    this.#update();
+    this.#say("It is sent to the server, which looks for faces…");
+    this.answer = new Promise((resolve) => {
+      this.#resolve = resolve;
+    });
     if (!this.#dialog.open) this.#dialog.showModal();
     const blob = await new Promise((resolve) => {
       this.#canvas.toBlob(resolve, "image/jpeg", QUALITY);
@@ -47,8 +49,9 @@ export class Chooser {
     return new Uint8Array(await blob.arrayBuffer());
   }
 
-  /** The face that the user picks, from 0; null when they cancel. */
+  /** Show the faces that were found. */
   pick(boxes, [width, height]) {
+    this.#clear();  // shown before, when the connection was lost meanwhile
     if (boxes.length === 0) {
       this.refuse("No face was found. Wanted: one seen from the front, not too small.");
     } else {
@@ -57,14 +60,17 @@ export class Chooser {
       boxes.forEach((box, i) => this.#faces.append(this.#button(box, i, width, height)));
       this.#choose(many ? null : 0);
     }
-    return new Promise((resolve) => {
-      this.#resolve = resolve;
-    });
   }
 
   /** Say why this picture cannot be used; the dialog stays, to be read. */
   refuse(why) {
     this.#say(why);
+    this.#face = null;
+    this.#update();
+  }
+
+  #clear() {
+    this.#faces.querySelectorAll("button").forEach((button) => button.remove());
     this.#face = null;
     this.#update();
   }

@@ -24,20 +24,23 @@ function makeRow(stage) {
   return { row, part };
 }
 
-/** report: of Meter, or null. */
+/** report: of Meter; null clears all figures. */
 export function showReport(report) {
   $("fps").textContent = report === null ? "–" : report.fps.toFixed(1);
   $("latency").textContent = report === null ? "–" : report.p50.toFixed(0);
-  for (const { stage, p50, p95 } of report?.stages ?? []) {
-    fill(rows.get(stage), p50, p95);
-    rows.get(stage).part.style.flexGrow = String(p50);
+  if (report === null) {
+    $("steps").textContent = "–";
+    for (const one of [...rows.values(), total]) fill(one, null, null);
+    return;
   }
-  if (report !== null) fill(total, report.p50, report.p95);
+  for (const { stage, p50, p95 } of report.stages) fill(rows.get(stage), p50, p95);
+  fill(total, report.p50, report.p95);
 }
 
-function fill({ row }, p50, p95) {
-  row.children[1].textContent = p50.toFixed(1);
-  row.children[2].textContent = p95.toFixed(1);
+function fill({ row, part }, p50, p95) {
+  row.children[1].textContent = p50?.toFixed(1) ?? "–";
+  row.children[2].textContent = p95?.toFixed(1) ?? "–";
+  part.style.flexGrow = String(p50 ?? 0);
 }
 
 /** steps: diffusion steps of the last picture. The server takes fewer where it would be too slow. */
@@ -51,8 +54,14 @@ export function showTracking(rate) {
   $("tracking").textContent = rate === null ? "–" : rate.toFixed(1);
 }
 
-/** Draw what was sent: 70 points, `units` to the longer side, or the camera picture. */
-export function drawSent({ bytes, points, picture }, units) {
+/** Draw what was sent: 70 points, `units` to the longer side, or the camera picture; or null. */
+export function drawSent(what, units) {
+  if (what === null) {
+    Object.assign(sent, { width: 320, height: 240 });
+    $("sent-text").textContent = "Nothing is sent now.";
+    return;
+  }
+  const { bytes, points, picture } = what;
   const paper = sent.getContext("2d");
   $("sent-text").textContent = `${bytes.length.toLocaleString("en")} bytes a frame`;
   if (picture) {
