@@ -180,13 +180,15 @@ def likeness(driver: npt.NDArray[np.float64], shown: npt.NDArray[np.float64]) ->
 
 def assert_alike(driver: npt.NDArray[np.float64], portrait: npt.NDArray[np.float64]) -> None:
     """Yaw and lip gap of the one follow the other; how many frames were on their way when the
-    keeping began is not known: a few."""
+    keeping began is not known: a few, three were seen where the page tracks in software."""
     count = len(driver)
     alike = [
-        [likeness(driver[: count - lag, i], portrait[lag:, i]) for lag in range(4)]
+        [likeness(driver[: count - lag, i], portrait[lag:, i]) for lag in range(6)]
         for i in range(2)
     ]
-    print("yaw, lips:", np.round(np.max(alike, axis=1), 3))
+    print(
+        "yaw, lips:", np.round(np.max(alike, axis=1), 3), "on their way:", np.argmax(alike, axis=1)
+    )
     assert max(alike[0]) > ALIKE and max(alike[1]) > ALIKE
 
 
@@ -195,10 +197,10 @@ def test_the_face_on_the_screen_moves_with_the_driver(tell: Callable[..., None])
 
     async def story(browser: Chromium, server: Browser) -> None:
         async with visiting(browser, server, "goro", "frames") as tab:
-            await tab.run(KEEP)
             # The picture that a frame was rendered of, beside the frame: both are kept in order.
-            await tab.run("globalThis.taken = []; globalThis.toBlobOf = HTMLCanvasElement.prototype"
-                          ".toBlob; HTMLCanvasElement.prototype.toBlob = function (...how) {"
+            await tab.run(f"{KEEP}; globalThis.taken = [];"
+                          "globalThis.toBlobOf = HTMLCanvasElement.prototype.toBlob;"
+                          " HTMLCanvasElement.prototype.toBlob = function (...how) {"
                           "globalThis.taken.push(this.toDataURL('image/jpeg', 0.9));"
                           "return toBlobOf.apply(this, how); }")  # fmt: skip
             await tab.until("globalThis.kept.length >= 75", PATIENCE_S)
@@ -234,13 +236,13 @@ def test_the_face_on_the_screen_moves_with_the_browsers_own_tracker(
         assert [said["do"] for said in await tab.run("globalThis.said")] == ["begin"]
         scripts = "document.querySelectorAll('script[src$=\"/face_mesh.js\"]')"
         assert await tab.run(f"{scripts}.length") == 1
-        await tab.run(KEEP)
-        await tab.run("globalThis.sent.length = 0")
-        await tab.until("globalThis.kept.length >= 48", 3 * PATIENCE_S)
-        packets = [base64.b64decode(m) for m in await tab.run("globalThis.sent.slice(0, 48)")]
+        # Both at once: a page that tracks in software is so busy that frames pass between two calls.
+        await tab.run(f"globalThis.sent.length = 0; {KEEP}")
+        await tab.until("globalThis.kept.length >= 50", 3 * PATIENCE_S)
+        packets = [base64.b64decode(m) for m in await tab.run("globalThis.sent.slice(0, 50)")]
         assert all(packet[0] == Kind.LANDMARKS for packet in packets)
         sent.extend(landmarks_of(read_packet(packet)) for packet in packets)
-        shown.extend(image_of(u) for u in await tab.run("globalThis.kept.slice(0, 48)"))
+        shown.extend(image_of(u) for u in await tab.run("globalThis.kept.slice(0, 50)"))
         rate = await tab.run("document.querySelector('#tracking').textContent")
         print(f"the browser's own tracking, software GL: {rate} faces a second")
         assert "436" in await tab.run("document.querySelector('#sent-text').textContent")
