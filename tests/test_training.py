@@ -294,6 +294,25 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(recipe_path: Path, tmp_p
         )
 
 
+def test_slices_of_a_run_are_the_run(
+    recipe_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    whole, sliced = (tmp_path / name for name in ("whole.safetensors", "sliced.safetensors"))
+    text = recipe_path.read_text()
+    for path, slices in ((whole, [None]), (sliced, [0.0, 0.0, 60.0])):  # of no time: a step
+        recipe_path.write_text(text.replace(str(tmp_path / "face.safetensors"), str(path)))
+        for minutes in slices:
+            assert not path.exists()
+            loop.train(recipe_path, out=tmp_path / path.stem, device="cpu", minutes=minutes)
+    assert "stopped in stage 1 of 2, 25 % of it done; --resume goes on" in caplog.text
+    assert "stopped in stage 1 of 2, 50 % of it done" in caplog.text
+    one, other = (weights.load(path).parts for path in (whole, sliced))
+    for part, tensors in one.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(other[part][name], tensor), (part, name)
+
+
 def test_a_new_run_leaves_the_checkpoint_of_another_alone(
     recipe_path: Path, tmp_path: Path
 ) -> None:

@@ -53,10 +53,11 @@ INVERSION_STREAM = 1 << 20  # keeps the random streams of batches and of inverte
 
 def train(
     recipe_path: str | Path, *, resume: bool = False, out: str | Path | None = None,
-    device: str = "auto",
+    device: str = "auto", minutes: float | None = None,
 ) -> Path:  # fmt: skip
     """Returns the folder of the run, after training all stages of the recipe, or up to a stop
-    signal; `resume` goes on from its last checkpoint. Under torchrun every process works on its
+    signal; `resume` goes on from its last checkpoint. With `minutes` it ends after them with a
+    checkpoint, and the same call goes on, `resume` or not. Under torchrun every process works on its
     part of each batch, and all take the mean of their gradients.
 
     Raises:
@@ -65,6 +66,9 @@ def train(
     """
     recipe = load_recipe(recipe_path)
     folder = _folder(recipe, out)
+    ends_s = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    if minutes is not None:
+        resume = savepoints.newest(folder) is not None
     if not resume and (found := savepoints.newest(folder)):
         raise SettingsError(
             f"{found} is the checkpoint of another run, which a new one would overwrite; go on "
@@ -72,6 +76,7 @@ def train(
         )
     with join_world(choose_device(device), bf16=recipe.loop.bf16) as world:
         trainer = Trainer(recipe, folder, world)
+        trainer.ends_s = ends_s
         if resume:
             trainer.resume()
         if trainer.run() and world.first:
@@ -136,6 +141,7 @@ class Trainer:
             self.state.critics = open_critics(recipe.critics, recipe.criteria, self.device, masks)
         self.pairs = held_out_pairs(self.pool, recipe.pool.held_out, recipe.loop.evaluation_pairs)
         self.stop = self.asked_to_stop = False
+        self.ends_s = math.inf  # when to stop, on the monotonic clock
         self._resumed: dict[str, Any] = {}  # the record of the checkpoint, until its stage begins
         folder.mkdir(parents=True, exist_ok=True)
         self.curves: Curves | None = None
@@ -164,6 +170,11 @@ class Trainer:
                 self._run_stage(stage)
                 if self.stop:
                     self.save()
+                    done = fraction(stage, self.state)
+                    log.info(
+                        "stopped in stage %d of %d, %.0f %% of it done; --resume goes on",
+                        self.state.progress.stage + 1, len(self.recipe.stages), 100 * done,
+                    )  # fmt: skip
                     return False
                 self.sheet(stage)
                 if self.curves is not None:
@@ -238,7 +249,7 @@ class Trainer:
         sample = to_sample(batch, self.recipe, stage, generator, over, self.world.share)
         optimizer.zero_grad(set_to_none=True)
         losses = self._gradients(stage, sample)
-        asked = float(self.asked_to_stop)
+        asked = float(self.asked_to_stop or time.monotonic() > self.ends_s)
         parts = self.world.mean({**losses, "seconds": clock.seconds(), "stop": asked})
         progress.seconds, self.stop = parts.pop("seconds"), self.stop or parts.pop("stop") > 0
         parts["lr"] = stage.lr * share_of_lr
@@ -387,6 +398,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("-o", "--out")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--slice", type=float, metavar="MINUTES")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if arguments.dry_run:
@@ -397,7 +409,10 @@ def main() -> None:
     elif arguments.finish:
         finish_early(arguments.recipe, out=arguments.out)
     else:
-        train(arguments.recipe, resume=arguments.resume, out=arguments.out, device=arguments.device)
+        train(
+            arguments.recipe, resume=arguments.resume, out=arguments.out, device=arguments.device,
+            minutes=arguments.slice,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

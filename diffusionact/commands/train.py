@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from diffusionact.commands.exits import DONE
 from diffusionact.commands.extras import extra
+from diffusionact.commands.model import positive
 from diffusionact.commands.output import say
 
 HELP = "Train what a recipe says."
@@ -25,6 +26,12 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--dry-run",
         action="store_true",
         help="run a few steps of each stage and tell speed, memory and time; nothing is written",
+    )
+    add(
+        "--slice",
+        type=positive,
+        metavar="MINUTES",
+        help="stop after so long, with a checkpoint; the same command goes on until all is done",
     )
     add("-o", "--output", metavar="DIR", help="the run's folder (default: runs/NAME)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -51,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
             return DONE
         render_faces(load_recipe(arguments.recipe).pool)
         folder = train_recipe(
-            arguments.recipe, resume=arguments.resume, out=arguments.output, device=arguments.device
-        )
+            arguments.recipe, resume=arguments.resume, out=arguments.output,
+            device=arguments.device, minutes=arguments.slice,
+        )  # fmt: skip
     say(arguments, {"run": str(folder)}, f"the run is in {folder}")
     return DONE
