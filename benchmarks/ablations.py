@@ -13,6 +13,7 @@ import argparse
 import functools
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -43,7 +44,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-TEACHER_STEPS = (20, 4, 2, 1)
+TEACHER_STEPS = (20, 4, 2)  # one step is a student's: no stride gives it
 LOG = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "training" / "recipes"
@@ -130,10 +131,11 @@ def yardsticks(folder: Path, judge: Judge, given: Trial, teacher: str) -> None:
             str(count): scores(judge, given, made_by(of_teacher, given, steps=count))
             for count in TEACHER_STEPS
         }
-    for rows in table.values():  # a copy is no reconstruction
+    for rows in table.values():  # a picture has no finite distance from itself
         for row in rows.values():
-            if row["reconstruction_perceptual"] == 0:
-                row["reconstruction_psnr_db"] = None  # type: ignore[assignment]
+            for name in ("reconstruction_psnr_db", "psnr_db"):
+                if not math.isfinite(row[name]):
+                    row[name] = None  # type: ignore[assignment]
     write_whole(folder / "yardsticks.json", json.dumps(table, indent=1) + "\n")
 
 

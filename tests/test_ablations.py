@@ -15,6 +15,7 @@ import pytest
 from benchmarks import ablation_plan, ablation_scores, ablation_table, ablations, small_pool
 from benchmarks.ablation_plan import Run
 from diffusionact.errors import SettingsError
+from diffusionact.schedule import timesteps
 from diffusionact.training import data
 from diffusionact.training.config import PoolRecipe, Recipe, parse_recipe
 from diffusionact.training.judges import Truth
@@ -79,6 +80,10 @@ def test_methods_see_as_many_pictures() -> None:
     counts = [sum(s.images for s in recipe_of(run).stages)
               for run in planned([1]).values() if run.part == "distillation"]  # fmt: skip
     assert len(counts) == 3 and max(counts) - min(counts) < 3
+
+
+def test_the_teacher_can_take_the_yardsticks_steps() -> None:
+    assert all(len(timesteps(count)) == count for count in ablations.TEACHER_STEPS)
 
 
 def test_scale_and_minutes() -> None:
