@@ -141,10 +141,10 @@ def test_a_student_of_fine_tuned_weights_is_taken_up_again(folder: Path, method:
         assert torch.equal(again.state.ema.state_dict()[name], value), name
 
 
-def test_a_student_of_nobody_is_refused() -> None:
-    stage = STAGE.format(method="sampler", inverter="false")
+def test_a_student_of_nobody_is_refused(folder: Path) -> None:
+    nobody = replace(recipe("sampler"), start="")
     with pytest.raises(SettingsError, match="no start, .*begin from random weights"):
-        parse_recipe(RECIPE.replace('start = "teacher.safetensors"\n', "") + stage)
+        loop.Trainer(nobody, folder / "run", alone(torch.device("cpu")))
 
 
 def test_a_teacher_that_is_not_there_ends_the_run_before_it_begins(folder: Path) -> None:

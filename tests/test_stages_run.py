@@ -304,7 +304,8 @@ def test_what_fills_its_share_of_the_disk_is_made_anew(
     cached = inverted_sources(run, small, tmp_path, torch.device("cpu"))
     first = cached(sources)
     assert 1 <= len(files(tmp_path / "inversions")) <= 2 and "most_gb" in caplog.text
-    np.testing.assert_array_equal(cached(sources), first)
+    # Inverted in batches of other sizes, they differ by float32's rounding.
+    np.testing.assert_allclose(cached(sources), first, atol=1e-3)
 
 
 def test_other_weights_or_steps_have_another_folder(text: str, tmp_path: Path) -> None:

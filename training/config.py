@@ -331,11 +331,6 @@ def _check_sampler(stage: StageRecipe, where: str) -> None:
 
 
 def _check_student(recipe: Recipe, where: str) -> None:
-    if not recipe.start and recipe.stages[0].kind == "student":
-        raise SettingsError(
-            f"{where}: no start, and the first stage makes a student: it would begin from random "
-            f"weights; name its teacher's: start = {recipe.student.of!r}"
-        )
     student, example = recipe.student, '{ "4" = [300, 550, 800, 980], "1" = [980] }'
     if not student.render:
         raise SettingsError(

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusionact.errors import SettingsError
 from diffusionact.manifest import Sampling
 from diffusionact.schedule import Prediction
 from diffusionact.training.config import Recipe, StageRecipe
@@ -61,8 +62,14 @@ def check_students(recipe: Recipe, kind: Prediction) -> None:
     """Finds out before a run what would end it late.
 
     Raises: SettingsError if the teacher's file, which the student's weights will name, is not
-    there, or if the timesteps of a progressive round are no part of those of the round before.
+    there, if the student would begin from random weights, or if the timesteps of a progressive
+    round are no part of those of the round before.
     """
+    if recipe.stages[0].kind == "student" and not recipe.start:
+        raise SettingsError(
+            "no start, and the first stage makes a student: it would begin from random weights; "
+            f"name its teacher's: start = {recipe.student.of!r}"
+        )
     for index, stage in enumerate(recipe.stages):
         if stage.kind == "student":
             teacher_sha256(recipe.student.of)
