@@ -19,11 +19,10 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.readme_tables import marks
+from benchmarks.readme_tables import marks, placed
 from diffusionact import machine
 from diffusionact.assets import driver_path, portrait_paths
 from diffusionact.errors import MediaError
@@ -125,8 +124,7 @@ def write_table(found: Mapping[str, Any], page: Path = PAGE) -> None:
     begin, end = marks("live")
     if begin not in text or end not in text:
         raise MediaError(f"{page}: has no place for the table; wanted {begin} and {end}")
-    before, rest = text.split(begin, 1)
-    write_whole(page, f"{before}{begin}\n{table(found)}\n{end}{rest.split(end, 1)[1]}")
+    write_whole(page, placed(text, "live", table(found)))
 
 
 def _processor() -> list[int]:
@@ -154,11 +152,12 @@ def main(given: Sequence[str] | None = None) -> None:
         words += ["--chromium"] if arguments.chromium else []
         done: dict[str, Any] = {}
         if arguments.again is not None:
+            words += ["--again", f"{arguments.again:g}"]
             done = {row["title"]: row
                     for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
                     if row["stolen_percent"] <= arguments.again}  # fmt: skip
         found = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "date": machine.now(),
             "commit": machine.commit(), "machine": machine.describe(),
             "load_average": machine.load_average() or 0.0, "command": " ".join(words),
             "rows": [],

@@ -105,9 +105,15 @@ def with_tables(text: str, results: Path = RESULTS) -> str:
             continue
         if not (results / file).is_file():
             raise MediaError(f"{results / file}: missing, and the README has a place for it")
-        before, rest = text.split(begin, 1)
-        text = f"{before}{begin}\n{make(results / file)}\n{end}{rest.split(end, 1)[1]}"
+        text = placed(text, name, make(results / file))
     return text
+
+
+def placed(text: str, name: str, made: str) -> str:
+    """The text with what was made between the marks of a place, both of which it has."""
+    begin, end = marks(name)
+    before, rest = text.split(begin, 1)
+    return f"{before}{begin}\n{made}\n{end}{rest.split(end, 1)[1]}"
 
 
 # option of `diffusionact bench` -> its default, as `_command` writes values

@@ -208,8 +208,7 @@ def soak_live(
 
     steps: None is as the command `live`, which takes fewer where the machine is slow."""
     stop, samples, lost = threading.Event(), list[Sample](), list[OSError]()
-    render = manifest.read(bundle).render
-    fewer = tuple(n for n in render.counts if n < render.steps) if steps is None else ()
+    fewer = manifest.read(bundle).render.fewer if steps is None else ()
     live = LiveSettings(goal=Goal(fps=RATE) if fewer else None)
     with Reenactor.load(bundle, settings=Settings(steps=steps, step_choices=fewer)) as act:
         source = prepare_portrait(act, portrait)

@@ -79,6 +79,11 @@ class Sampling:
         """`steps` and `choices`, ascending."""
         return tuple(sorted({self.steps, *self.choices}))
 
+    @property
+    def fewer(self) -> tuple[int, ...]:
+        """The counts below `steps`, which a session may fall back to."""
+        return tuple(count for count in self.counts if count < self.steps)
+
     def at(
         self, steps: int | Sequence[int] | None = None, total: int = schedule.TOTAL_STEPS
     ) -> Int64Array:

@@ -31,9 +31,8 @@ class Curves:
         self._sums: dict[str, list[float]] = {}  # name -> [sum, count]
         self._steps = 0
         self._start, self._seen = time.monotonic(), 0
-        self._fresh = (
-            True  # until the run is resumed or has written: what lies there is not its own
-        )
+        # Until the run is resumed or has written, what lies there is not its own.
+        self._fresh = True
         self._board = _open_board(folder / BOARD, None) if board else None
 
     def add(self, kind: str, progress: Progress, over: float, parts: dict[str, float]) -> None:

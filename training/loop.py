@@ -132,9 +132,8 @@ class Trainer:
         self.state = State(recipe, _statistics(self.pool, self.identities), self.device)
         check_students(recipe, self.state.config.prediction)
         if isinstance(steps := recipe.inversions.steps, int):
-            inversion_timesteps(
-                self.state.config.prediction, steps
-            )  # an error now, not in stage (c)
+            # An impossible count is an error now, not in stage (c).
+            inversion_timesteps(self.state.config.prediction, steps)
         if any(STAGES[stage.kind].CRITICS for stage in recipe.stages):
             first = self.pool.gather(np.zeros(1, np.int64), np.zeros(1, np.int64))
             masks = first.labels is not None or first.mask is not None

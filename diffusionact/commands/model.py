@@ -135,8 +135,7 @@ def goal_or_rate(arguments: argparse.Namespace, rate: float | None) -> Goal | No
     goal = _asked_goal(arguments)
     if goal is not None or pinned or rate is None:
         return goal
-    render = manifest.read(Path(arguments.bundle)).render
-    arguments.step_choices = tuple(count for count in render.counts if count < render.steps)
+    arguments.step_choices = manifest.read(Path(arguments.bundle)).render.fewer
     return Goal(fps=rate) if arguments.step_choices else None
 
 
